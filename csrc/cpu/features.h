@@ -1,0 +1,37 @@
+// What this processor and its operating system support. Compiled without -m flags: runs anywhere.
+#pragma once
+
+#include <cstdint>
+
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
+namespace fastattn {
+
+struct CpuFeatures {
+  bool avx2 = false;         // AVX2, FMA and F16C, and the OS saves ymm
+  bool avx512 = false;       // AVX-512 F, BW, DQ and VL, and the OS saves zmm and masks
+  bool avx512_bf16 = false;  // the above and AVX512-BF16
+};
+
+inline CpuFeatures detect_cpu() {
+  CpuFeatures features;
+#if defined(__x86_64__)
+  uint32_t a, b, c, d;
+  const auto bit = [](uint32_t word, int index) { return (word >> index & 1u) != 0; };
+  if (!__get_cpuid(1, &a, &b, &c, &d)) return features;
+  const bool fma = bit(c, 12), osxsave = bit(c, 27), avx = bit(c, 28), f16c = bit(c, 29);
+  if (!osxsave || !avx) return features;
+  uint32_t state, high;  // XCR0: which registers the OS saves
+  __asm__("xgetbv" : "=a"(state), "=d"(high) : "c"(0));
+  const bool ymm = (state & 0x6u) == 0x6u, zmm = (state & 0xe6u) == 0xe6u;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return features;
+  features.avx2 = ymm && fma && f16c && bit(b, 5);
+  features.avx512 = features.avx2 && zmm && bit(b, 16) && bit(b, 17) && bit(b, 30) && bit(b, 31);
+  if (__get_cpuid_count(7, 1, &a, &b, &c, &d)) features.avx512_bf16 = features.avx512 && bit(a, 5);
+#endif
+  return features;
+}
+
+}  // namespace fastattn

@@ -1,0 +1,6 @@
+#include "cpu/simd/vec_avx2.h"
+#include "cpu/isa/kernels.inc"
+
+namespace fastattn {
+extern const KernelTable avx2_kernels = make_table<VecAvx2>("avx2");
+}

@@ -1,0 +1,113 @@
+// Vec for AVX2 with FMA and F16C: eight lanes.
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstdint>
+#include <cstring>
+
+#include "params.h"
+
+namespace fastattn {
+namespace {
+
+struct VecAvx2 {
+  static constexpr int kLanes = 8;
+  // 3 x 4 accumulators, 3 row vectors and a broadcast: all 16 registers.
+  static constexpr int kTileVecs = 3;
+  static constexpr int kTileCols = 4;
+
+  struct Mask {
+    __m256 m;
+  };
+  __m256 r;
+
+  static VecAvx2 set1(float x) { return {_mm256_set1_ps(x)}; }
+  static VecAvx2 zero() { return {_mm256_setzero_ps()}; }
+
+  static VecAvx2 load(const float* p) { return {_mm256_loadu_ps(p)}; }
+  static VecAvx2 load(const bf16_t* p) { return widen_bf16(_mm_loadu_si128((const __m128i*)p)); }
+  static VecAvx2 load(const f16_t* p) { return {_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p))}; }
+  static VecAvx2 load_n(const float* p, int n) { return {_mm256_maskload_ps(p, first_n(n))}; }
+  template <class T>
+  static VecAvx2 load_n(const T* p, int n) {
+    T padded[kLanes] = {};
+    memcpy(padded, p, static_cast<size_t>(n) * sizeof(T));
+    return load(padded);
+  }
+  void store(float* p) const { _mm256_storeu_ps(p, r); }
+  void store(bf16_t* p) const { _mm_storeu_si128((__m128i*)p, narrow_bf16(r)); }
+  void store(f16_t* p) const { _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph(r, _MM_FROUND_TO_NEAREST_INT)); }
+  void store_n(float* p, int n) const { _mm256_maskstore_ps(p, first_n(n), r); }
+  template <class T>
+  void store_n(T* p, int n) const {
+    T all[kLanes];
+    store(all);
+    memcpy(p, all, static_cast<size_t>(n) * sizeof(T));
+  }
+
+  friend VecAvx2 operator+(VecAvx2 a, VecAvx2 b) { return {_mm256_add_ps(a.r, b.r)}; }
+  friend VecAvx2 operator-(VecAvx2 a, VecAvx2 b) { return {_mm256_sub_ps(a.r, b.r)}; }
+  friend VecAvx2 operator*(VecAvx2 a, VecAvx2 b) { return {_mm256_mul_ps(a.r, b.r)}; }
+  friend VecAvx2 operator/(VecAvx2 a, VecAvx2 b) { return {_mm256_div_ps(a.r, b.r)}; }
+  friend VecAvx2 fma(VecAvx2 a, VecAvx2 b, VecAvx2 c) { return {_mm256_fmadd_ps(a.r, b.r, c.r)}; }
+  friend VecAvx2 max(VecAvx2 a, VecAvx2 b) { return {_mm256_max_ps(a.r, b.r)}; }  // b where either is NaN
+  friend VecAvx2 min(VecAvx2 a, VecAvx2 b) { return {_mm256_min_ps(a.r, b.r)}; }
+  friend Mask operator<(VecAvx2 a, VecAvx2 b) { return {_mm256_cmp_ps(a.r, b.r, _CMP_LT_OQ)}; }
+  friend VecAvx2 select(Mask m, VecAvx2 a, VecAvx2 b) { return {_mm256_blendv_ps(b.r, a.r, m.m)}; }
+
+  friend VecAvx2 round(VecAvx2 x) {
+    return {_mm256_round_ps(x.r, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
+  }
+  // x * 2^n for an integral n; zero where n <= -127.
+  friend VecAvx2 ldexp(VecAvx2 x, VecAvx2 n) {
+    __m256i e = _mm256_add_epi32(_mm256_cvtps_epi32(n.r), _mm256_set1_epi32(127));
+    e = _mm256_slli_epi32(_mm256_max_epi32(e, _mm256_setzero_si256()), 23);
+    return {_mm256_mul_ps(x.r, _mm256_castsi256_ps(e))};
+  }
+  friend float reduce_max(VecAvx2 v) {
+    __m128 x = _mm_max_ps(_mm256_castps256_ps128(v.r), _mm256_extractf128_ps(v.r, 1));
+    x = _mm_max_ps(x, _mm_movehl_ps(x, x));
+    return _mm_cvtss_f32(_mm_max_ss(x, _mm_movehdup_ps(x)));
+  }
+  friend float first(VecAvx2 v) { return _mm256_cvtss_f32(v.r); }
+
+  // rows[i][j] <-> rows[j][i], as three rounds of pairwise interleaving: 32, 64 and 128 bits.
+  static void transpose(VecAvx2 (&rows)[kLanes]) {
+    __m256 t[8], u[8];
+    for (int i = 0; i < 8; i += 2) {
+      t[i] = _mm256_unpacklo_ps(rows[i].r, rows[i + 1].r);
+      t[i + 1] = _mm256_unpackhi_ps(rows[i].r, rows[i + 1].r);
+    }
+    for (int i = 0; i < 8; i += 4) {
+      u[i] = _mm256_shuffle_ps(t[i], t[i + 2], 0x44);
+      u[i + 1] = _mm256_shuffle_ps(t[i], t[i + 2], 0xee);
+      u[i + 2] = _mm256_shuffle_ps(t[i + 1], t[i + 3], 0x44);
+      u[i + 3] = _mm256_shuffle_ps(t[i + 1], t[i + 3], 0xee);
+    }
+    for (int j = 0; j < 4; ++j) {
+      rows[j].r = _mm256_permute2f128_ps(u[j], u[j + 4], 0x20);
+      rows[j + 4].r = _mm256_permute2f128_ps(u[j], u[j + 4], 0x31);
+    }
+  }
+
+ private:
+  static __m256i first_n(int n) {
+    return _mm256_cmpgt_epi32(_mm256_set1_epi32(n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+  }
+  static VecAvx2 widen_bf16(__m128i x) {
+    return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(x), 16))};
+  }
+  static __m128i narrow_bf16(__m256 x) {  // to nearest, ties to even; NaN stays a quiet NaN
+    const __m256i bits = _mm256_castps_si256(x);
+    const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+    const __m256i rounded = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+    const __m256i quiet = _mm256_or_si256(bits, _mm256_set1_epi32(0x400000));
+    const __m256i is_nan = _mm256_castps_si256(_mm256_cmp_ps(x, x, _CMP_UNORD_Q));
+    const __m256i words = _mm256_srli_epi32(_mm256_blendv_epi8(rounded, quiet, is_nan), 16);
+    return _mm_packus_epi32(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
+  }
+};
+
+}  // namespace
+}  // namespace fastattn

@@ -1,0 +1,107 @@
+// Vec for AVX-512 (F, BW, DQ, VL): sixteen lanes.
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstdint>
+
+#include "params.h"
+
+namespace fastattn {
+namespace {
+
+struct VecAvx512 {
+  static constexpr int kLanes = 16;
+  // 3 x 8 accumulators, 3 row vectors and a broadcast: 28 of 32 registers, 11 loads for 24 FMAs.
+  static constexpr int kTileVecs = 3;
+  static constexpr int kTileCols = 8;
+
+  struct Mask {
+    __mmask16 m;
+  };
+  __m512 r;
+
+  static VecAvx512 set1(float x) { return {_mm512_set1_ps(x)}; }
+  static VecAvx512 zero() { return {_mm512_setzero_ps()}; }
+
+  static VecAvx512 load(const float* p) { return {_mm512_loadu_ps(p)}; }
+  static VecAvx512 load(const bf16_t* p) { return widen_bf16(_mm256_loadu_si256((const __m256i*)p)); }
+  static VecAvx512 load(const f16_t* p) { return {_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p))}; }
+  static VecAvx512 load_n(const float* p, int n) { return {_mm512_maskz_loadu_ps(first_n(n), p)}; }
+  static VecAvx512 load_n(const bf16_t* p, int n) { return widen_bf16(_mm256_maskz_loadu_epi16(first_n(n), p)); }
+  static VecAvx512 load_n(const f16_t* p, int n) {
+    return {_mm512_cvtph_ps(_mm256_maskz_loadu_epi16(first_n(n), p))};
+  }
+  void store(float* p) const { _mm512_storeu_ps(p, r); }
+  void store(bf16_t* p) const { _mm256_storeu_si256((__m256i*)p, narrow_bf16(r)); }
+  void store(f16_t* p) const { _mm256_storeu_si256((__m256i*)p, narrow_f16(r)); }
+  void store_n(float* p, int n) const { _mm512_mask_storeu_ps(p, first_n(n), r); }
+  void store_n(bf16_t* p, int n) const { _mm256_mask_storeu_epi16(p, first_n(n), narrow_bf16(r)); }
+  void store_n(f16_t* p, int n) const { _mm256_mask_storeu_epi16(p, first_n(n), narrow_f16(r)); }
+
+  friend VecAvx512 operator+(VecAvx512 a, VecAvx512 b) { return {_mm512_add_ps(a.r, b.r)}; }
+  friend VecAvx512 operator-(VecAvx512 a, VecAvx512 b) { return {_mm512_sub_ps(a.r, b.r)}; }
+  friend VecAvx512 operator*(VecAvx512 a, VecAvx512 b) { return {_mm512_mul_ps(a.r, b.r)}; }
+  friend VecAvx512 operator/(VecAvx512 a, VecAvx512 b) { return {_mm512_div_ps(a.r, b.r)}; }
+  friend VecAvx512 fma(VecAvx512 a, VecAvx512 b, VecAvx512 c) { return {_mm512_fmadd_ps(a.r, b.r, c.r)}; }
+  friend VecAvx512 max(VecAvx512 a, VecAvx512 b) { return {_mm512_max_ps(a.r, b.r)}; }  // b where either is NaN
+  friend VecAvx512 min(VecAvx512 a, VecAvx512 b) { return {_mm512_min_ps(a.r, b.r)}; }
+  friend Mask operator<(VecAvx512 a, VecAvx512 b) { return {_mm512_cmp_ps_mask(a.r, b.r, _CMP_LT_OQ)}; }
+  friend VecAvx512 select(Mask m, VecAvx512 a, VecAvx512 b) { return {_mm512_mask_blend_ps(m.m, b.r, a.r)}; }
+
+  friend VecAvx512 round(VecAvx512 x) {
+    return {_mm512_roundscale_ps(x.r, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
+  }
+  // x * 2^n for an integral n; zero where n <= -127, as in every Vec.
+  friend VecAvx512 ldexp(VecAvx512 x, VecAvx512 n) { return {_mm512_scalef_ps(x.r, n.r)}; }
+  friend float reduce_max(VecAvx512 v) { return _mm512_reduce_max_ps(v.r); }
+  friend float first(VecAvx512 v) { return _mm512_cvtss_f32(v.r); }
+
+  // rows[i][j] <-> rows[j][i], as four rounds of pairwise interleaving: 32, 64, 128 and 256 bits.
+  static void transpose(VecAvx512 (&rows)[kLanes]) {
+    __m512 t[16], u[16];
+    for (int i = 0; i < 16; i += 2) {
+      t[i] = _mm512_unpacklo_ps(rows[i].r, rows[i + 1].r);
+      t[i + 1] = _mm512_unpackhi_ps(rows[i].r, rows[i + 1].r);
+    }
+    for (int i = 0; i < 16; i += 4) {
+      u[i] = unpacklo_pairs(t[i], t[i + 2]);
+      u[i + 1] = unpackhi_pairs(t[i], t[i + 2]);
+      u[i + 2] = unpacklo_pairs(t[i + 1], t[i + 3]);
+      u[i + 3] = unpackhi_pairs(t[i + 1], t[i + 3]);
+    }
+    for (int i = 0; i < 16; i += 8)
+      for (int j = 0; j < 4; ++j) {
+        t[i + j] = _mm512_shuffle_f32x4(u[i + j], u[i + j + 4], 0x88);
+        t[i + j + 4] = _mm512_shuffle_f32x4(u[i + j], u[i + j + 4], 0xdd);
+      }
+    for (int j = 0; j < 8; ++j) {
+      rows[j].r = _mm512_shuffle_f32x4(t[j], t[j + 8], 0x88);
+      rows[j + 8].r = _mm512_shuffle_f32x4(t[j], t[j + 8], 0xdd);
+    }
+  }
+
+ private:
+  static __mmask16 first_n(int n) { return static_cast<__mmask16>((1u << n) - 1u); }
+  static __m512 unpacklo_pairs(__m512 a, __m512 b) {
+    return _mm512_castpd_ps(_mm512_unpacklo_pd(_mm512_castps_pd(a), _mm512_castps_pd(b)));
+  }
+  static __m512 unpackhi_pairs(__m512 a, __m512 b) {
+    return _mm512_castpd_ps(_mm512_unpackhi_pd(_mm512_castps_pd(a), _mm512_castps_pd(b)));
+  }
+  static VecAvx512 widen_bf16(__m256i x) {
+    return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16))};
+  }
+  static __m256i narrow_bf16(__m512 x) {  // to nearest, ties to even; NaN stays a quiet NaN
+    const __m512i bits = _mm512_castps_si512(x);
+    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    const __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+    const __m512i quiet = _mm512_or_si512(bits, _mm512_set1_epi32(0x400000));
+    const __mmask16 is_nan = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
+    return _mm512_cvtepi32_epi16(_mm512_srli_epi32(_mm512_mask_blend_epi32(is_nan, rounded, quiet), 16));
+  }
+  static __m256i narrow_f16(__m512 x) { return _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+};
+
+}  // namespace
+}  // namespace fastattn

@@ -1,0 +1,90 @@
+// Vec for AArch64 NEON: four lanes, fused multiply-add.
+#pragma once
+
+#include <arm_neon.h>
+
+#include <cstdint>
+#include <cstring>
+
+#include "params.h"
+
+namespace fastattn {
+namespace {
+
+struct VecNeon {
+  static constexpr int kLanes = 4;
+  // 4 x 4 accumulators, 4 row vectors and a broadcast: 21 of 32 registers.
+  static constexpr int kTileVecs = 4;
+  static constexpr int kTileCols = 4;
+
+  struct Mask {
+    uint32x4_t m;
+  };
+  float32x4_t r;
+
+  static VecNeon set1(float x) { return {vdupq_n_f32(x)}; }
+  static VecNeon zero() { return set1(0.0f); }
+
+  static VecNeon load(const float* p) { return {vld1q_f32(p)}; }
+  static VecNeon load(const bf16_t* p) {
+    return {vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(reinterpret_cast<const uint16_t*>(p)), 16))};
+  }
+  static VecNeon load(const f16_t* p) {
+    return {vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(reinterpret_cast<const uint16_t*>(p))))};
+  }
+  template <class T>
+  static VecNeon load_n(const T* p, int n) {
+    T padded[kLanes] = {};
+    memcpy(padded, p, static_cast<size_t>(n) * sizeof(T));
+    return load(padded);
+  }
+  void store(float* p) const { vst1q_f32(p, r); }
+  void store(bf16_t* p) const {  // to nearest, ties to even; NaN stays a quiet NaN
+    const uint32x4_t bits = vreinterpretq_u32_f32(r);
+    const uint32x4_t odd = vandq_u32(vshrq_n_u32(bits, 16), vdupq_n_u32(1));
+    const uint32x4_t rounded = vaddq_u32(bits, vaddq_u32(odd, vdupq_n_u32(0x7fff)));
+    const uint32x4_t quiet = vorrq_u32(bits, vdupq_n_u32(0x400000));
+    const uint32x4_t words = vbslq_u32(vceqq_f32(r, r), rounded, quiet);
+    vst1_u16(reinterpret_cast<uint16_t*>(p), vshrn_n_u32(words, 16));
+  }
+  void store(f16_t* p) const {
+    vst1_u16(reinterpret_cast<uint16_t*>(p), vreinterpret_u16_f16(vcvt_f16_f32(r)));
+  }
+  template <class T>
+  void store_n(T* p, int n) const {
+    T all[kLanes];
+    store(all);
+    memcpy(p, all, static_cast<size_t>(n) * sizeof(T));
+  }
+
+  friend VecNeon operator+(VecNeon a, VecNeon b) { return {vaddq_f32(a.r, b.r)}; }
+  friend VecNeon operator-(VecNeon a, VecNeon b) { return {vsubq_f32(a.r, b.r)}; }
+  friend VecNeon operator*(VecNeon a, VecNeon b) { return {vmulq_f32(a.r, b.r)}; }
+  friend VecNeon operator/(VecNeon a, VecNeon b) { return {vdivq_f32(a.r, b.r)}; }
+  friend VecNeon fma(VecNeon a, VecNeon b, VecNeon c) { return {vfmaq_f32(c.r, a.r, b.r)}; }
+  friend VecNeon max(VecNeon a, VecNeon b) { return {vbslq_f32(vcgtq_f32(a.r, b.r), a.r, b.r)}; }
+  friend VecNeon min(VecNeon a, VecNeon b) { return {vbslq_f32(vcltq_f32(a.r, b.r), a.r, b.r)}; }
+  friend Mask operator<(VecNeon a, VecNeon b) { return {vcltq_f32(a.r, b.r)}; }
+  friend VecNeon select(Mask m, VecNeon a, VecNeon b) { return {vbslq_f32(m.m, a.r, b.r)}; }
+
+  friend VecNeon round(VecNeon x) { return {vrndnq_f32(x.r)}; }
+  // x * 2^n for an integral n; zero where n <= -127.
+  friend VecNeon ldexp(VecNeon x, VecNeon n) {
+    const int32x4_t e = vmaxq_s32(vaddq_s32(vcvtnq_s32_f32(n.r), vdupq_n_s32(127)), vdupq_n_s32(0));
+    return {vmulq_f32(x.r, vreinterpretq_f32_s32(vshlq_n_s32(e, 23)))};
+  }
+  friend float reduce_max(VecNeon v) { return vmaxvq_f32(v.r); }
+  friend float first(VecNeon v) { return vgetq_lane_f32(v.r, 0); }
+
+  // rows[i][j] <-> rows[j][i]
+  static void transpose(VecNeon (&rows)[kLanes]) {
+    const float32x4x2_t a = vtrnq_f32(rows[0].r, rows[1].r), b = vtrnq_f32(rows[2].r, rows[3].r);
+    rows[0].r = vcombine_f32(vget_low_f32(a.val[0]), vget_low_f32(b.val[0]));
+    rows[1].r = vcombine_f32(vget_low_f32(a.val[1]), vget_low_f32(b.val[1]));
+    rows[2].r = vcombine_f32(vget_high_f32(a.val[0]), vget_high_f32(b.val[0]));
+    rows[3].r = vcombine_f32(vget_high_f32(a.val[1]), vget_high_f32(b.val[1]));
+  }
+};
+
+}  // namespace
+}  // namespace fastattn

@@ -1,0 +1,154 @@
+// Vec without intrinsics: four lanes in the compiler's portable vector type (SSE2 on any x86-64).
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "params.h"
+
+namespace fastattn {
+namespace {
+
+inline float to_float(float x) { return x; }
+
+inline float to_float(bf16_t x) {
+  const uint32_t bits = static_cast<uint32_t>(x.bits) << 16;
+  float value;
+  memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+inline float to_float(f16_t x) {
+  const uint32_t sign = static_cast<uint32_t>(x.bits & 0x8000u) << 16;
+  const uint32_t magnitude = x.bits & 0x7fffu;
+  float value;
+  if (magnitude >= 0x7c00u) {  // inf, NaN
+    const uint32_t bits = 0x7f800000u | (magnitude << 13);
+    memcpy(&value, &bits, sizeof value);
+  } else {
+    // Shifted into place the exponent is short by 112: one exact multiplication mends it, denormals included.
+    const uint32_t bits = magnitude << 13;
+    memcpy(&value, &bits, sizeof value);
+    value *= 0x1p112f;
+  }
+  uint32_t bits;
+  memcpy(&bits, &value, sizeof bits);
+  bits |= sign;
+  memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+inline void from_float(float x, float* out) { *out = x; }
+
+inline void from_float(float x, bf16_t* out) {
+  uint32_t bits;
+  memcpy(&bits, &x, sizeof bits);
+  const bool is_nan = (bits & 0x7fffffffu) > 0x7f800000u;
+  const uint32_t rounded = bits + 0x7fffu + ((bits >> 16) & 1u);  // to nearest, ties to even
+  out->bits = static_cast<uint16_t>(is_nan ? (bits >> 16) | 0x40u : rounded >> 16);
+}
+
+inline void from_float(float x, f16_t* out) {
+  uint32_t bits;
+  memcpy(&bits, &x, sizeof bits);
+  const uint32_t sign = (bits >> 16) & 0x8000u;
+  bits &= 0x7fffffffu;
+  if (bits > 0x7f800000u) {  // NaN
+    out->bits = static_cast<uint16_t>(sign | 0x7e00u | ((bits >> 13) & 0x3ffu));
+  } else if (bits >= 0x477ff000u) {  // 65520 and above round to inf
+    out->bits = static_cast<uint16_t>(sign | 0x7c00u);
+  } else if (bits < 0x38800000u) {  // below 2^-14: let an addition do the rounding at the denormal's last place
+    float value;
+    memcpy(&value, &bits, sizeof value);
+    value += 0.5f;
+    uint32_t sum;
+    memcpy(&sum, &value, sizeof sum);
+    out->bits = static_cast<uint16_t>(sign | (sum - 0x3f000000u));
+  } else {
+    const uint32_t rounded = bits - 0x38000000u + 0xfffu + ((bits >> 13) & 1u);
+    out->bits = static_cast<uint16_t>(sign | (rounded >> 13));
+  }
+}
+
+struct VecScalar {
+  static constexpr int kLanes = 4;
+  // The register tile of tile_gemm.h: kTileVecs vectors of rows by kTileCols columns.
+  static constexpr int kTileVecs = 2;
+  static constexpr int kTileCols = 4;
+
+  typedef float Reg __attribute__((vector_size(16)));
+  typedef int32_t Int __attribute__((vector_size(16)));
+  struct Mask {
+    Int m;
+  };
+  Reg r;
+
+  static VecScalar set1(float x) { return {Reg{x, x, x, x}}; }
+  static VecScalar zero() { return set1(0.0f); }
+
+  static VecScalar load(const float* p) {
+    VecScalar v;
+    memcpy(&v.r, p, sizeof v.r);
+    return v;
+  }
+  template <class T>
+  static VecScalar load(const T* p) {
+    return {Reg{to_float(p[0]), to_float(p[1]), to_float(p[2]), to_float(p[3])}};
+  }
+  template <class T>
+  static VecScalar load_n(const T* p, int n) {  // the first n lanes, the others zero
+    VecScalar v = zero();
+    for (int i = 0; i < n; ++i) v.r[i] = to_float(p[i]);
+    return v;
+  }
+  void store(float* p) const { memcpy(p, &r, sizeof r); }
+  template <class T>
+  void store(T* p) const {
+    store_n(p, kLanes);
+  }
+  template <class T>
+  void store_n(T* p, int n) const {
+    for (int i = 0; i < n; ++i) from_float(r[i], p + i);
+  }
+
+  friend VecScalar operator+(VecScalar a, VecScalar b) { return {a.r + b.r}; }
+  friend VecScalar operator-(VecScalar a, VecScalar b) { return {a.r - b.r}; }
+  friend VecScalar operator*(VecScalar a, VecScalar b) { return {a.r * b.r}; }
+  friend VecScalar operator/(VecScalar a, VecScalar b) { return {a.r / b.r}; }
+  friend VecScalar fma(VecScalar a, VecScalar b, VecScalar c) { return {a.r * b.r + c.r}; }  // a * b + c
+  friend VecScalar max(VecScalar a, VecScalar b) { return {a.r > b.r ? a.r : b.r}; }  // b where either is NaN
+  friend VecScalar min(VecScalar a, VecScalar b) { return {a.r < b.r ? a.r : b.r}; }
+  friend Mask operator<(VecScalar a, VecScalar b) { return {a.r < b.r}; }
+  friend VecScalar select(Mask m, VecScalar a, VecScalar b) { return {m.m ? a.r : b.r}; }
+
+  // Nearest integer for |x| < 2^22.
+  friend VecScalar round(VecScalar x) {
+    const VecScalar magic = set1(0x1.8p23f);
+    return (x + magic) - magic;
+  }
+  // x * 2^n for an integral n; zero where n <= -127.
+  friend VecScalar ldexp(VecScalar x, VecScalar n) {
+    Int e = __builtin_convertvector(n.r, Int) + 127;
+    e = (e > 0 ? e : Int{0, 0, 0, 0}) << 23;
+    Reg scale;
+    memcpy(&scale, &e, sizeof scale);
+    return {x.r * scale};
+  }
+  friend float reduce_max(VecScalar v) {
+    const float a = v.r[0] > v.r[1] ? v.r[0] : v.r[1], b = v.r[2] > v.r[3] ? v.r[2] : v.r[3];
+    return a > b ? a : b;
+  }
+  friend float first(VecScalar v) { return v.r[0]; }
+  // rows[i][j] <-> rows[j][i]
+  static void transpose(VecScalar (&rows)[kLanes]) {
+    for (int i = 0; i < kLanes; ++i)
+      for (int j = 0; j < i; ++j) {
+        const float t = rows[i].r[j];
+        rows[i].r[j] = rows[j].r[i];
+        rows[j].r[i] = t;
+      }
+  }
+};
+
+}  // namespace
+}  // namespace fastattn

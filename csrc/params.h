@@ -1,0 +1,78 @@
+// The only contract between Python and the kernels: plain structs of pointers, shapes and strides.
+// Strides count elements. Nothing here owns memory; kernels never allocate tensors.
+#pragma once
+
+#include <cstdint>
+
+namespace fastattn {
+
+enum class DType : int32_t { f32 = 0, bf16 = 1, f16 = 2 };
+
+// Storage of the 16-bit floats: all arithmetic is fp32.
+struct bf16_t {
+  uint16_t bits;
+};
+struct f16_t {
+  uint16_t bits;
+};
+
+// A (batch, seqlen, heads, dim) tensor with unit stride along dim.
+struct TensorView {
+  void* data;
+  int64_t stride_batch;
+  int64_t stride_seqlen;
+  int64_t stride_head;
+};
+
+struct AttentionParams {
+  TensorView q;              // (batch, seqlen_q, nheads, headdim)
+  TensorView k;              // (batch, seqlen_k, nheads_k, headdim)
+  TensorView v;              // (batch, seqlen_k, nheads_k, headdim_v)
+  TensorView out;            // (batch, seqlen_q, nheads, headdim_v)
+  float* lse;                // (batch, nheads, seqlen_q) contiguous, natural log; may be null
+  const int32_t* seqlens_k;  // (batch,), how many keys of each row count; null = seqlen_k for all
+  int64_t batch, seqlen_q, seqlen_k;
+  int64_t nheads, nheads_k;  // nheads % nheads_k == 0
+  int64_t headdim, headdim_v;
+  float softmax_scale;
+  bool causal;  // bottom-right: key j is visible to query i iff j <= i + seqlen_k - seqlen_q
+  DType dtype;
+  int nthreads;
+};
+
+// Rotate q into q_out, and write the rotated new k, and v, into the caches.
+struct KVAppendParams {
+  TensorView q, q_out;          // (batch, seqlen_q, nheads, headdim); only read when rotary_cos is set
+  TensorView k, v;              // (batch, seqlen_new, nheads_k, headdim or headdim_v)
+  TensorView k_cache, v_cache;  // (batch, seqlen_cache, nheads_k, headdim or headdim_v)
+  const int32_t* cache_seqlens;  // (batch,), where the new rows go
+  const float* rotary_cos;       // (positions, half_rotary) contiguous; null = no rotary
+  const float* rotary_sin;
+  int64_t batch, seqlen_q, seqlen_new;
+  int64_t nheads, nheads_k;
+  int64_t headdim, headdim_v, half_rotary;
+  bool interleaved;  // pairs (0, 1), (2, 3), ...; else (0, half_rotary), (1, half_rotary + 1), ...
+  bool q_per_row;    // query i turns by cache_seqlens + i, else by cache_seqlens
+  DType dtype;
+  int nthreads;
+};
+
+struct SamplingParams {
+  const void* logits;        // (batch, vocab), unit stride along vocab
+  int64_t stride_batch;
+  const float* temperature;  // (batch,) each
+  const int32_t* top_k;
+  const float* top_p;
+  const float* min_p;
+  const uint64_t* seeds;
+  const int64_t* positions;
+  int64_t* tokens;           // (batch,) out
+  int32_t* status;           // (batch,) out, a SamplingStatus
+  int64_t batch, vocab;
+  DType dtype;
+  int nthreads;
+};
+
+enum SamplingStatus : int32_t { kSampled = 0, kHasNaN = 1, kHasInf = 2, kNothingFinite = 3 };
+
+}  // namespace fastattn

@@ -1,0 +1,79 @@
+"""The one object that travels from the public face to a backend: what a call computes.
+
+Everything here has been checked (``checks.py``): a backend may trust shapes, dtypes and ranges.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionArgs:
+    """One softmax attention. The score modifiers that are not used keep their defaults."""
+
+    q: Tensor  # (batch, seqlen_q, nheads, headdim)
+    k: Tensor  # (batch, seqlen_k, nheads_k, headdim)
+    v: Tensor  # (batch, seqlen_k, nheads_k, headdim_v)
+    softmax_scale: float
+    causal: bool = False
+    window_size: tuple[int, int] = (-1, -1)
+    softcap: float = 0.0
+    alibi_slopes: Tensor | None = None  # (nheads,) or (batch, nheads)
+    attn_bias: Tensor | None = None  # broadcastable to (batch, nheads, seqlen_q, seqlen_k), float
+    attn_mask: Tensor | None = None  # the same, bool, True = may attend
+    sinks: Tensor | None = None  # (nheads,)
+    dropout_p: float = 0.0
+    seqlens_k: Tensor | None = None  # (batch,) int32: how many keys of each row count; None = all
+    return_lse: bool = False
+    needs_grad: bool = False
+
+    def features(self) -> frozenset[str]:
+        """Names of what this call needs beyond plain (causal) attention."""
+        used = {
+            "window": self.window_size != (-1, -1),
+            "softcap": self.softcap != 0.0,
+            "alibi": self.alibi_slopes is not None,
+            "bias": self.attn_bias is not None,
+            "mask": self.attn_mask is not None,
+            "sinks": self.sinks is not None,
+            "dropout": self.dropout_p != 0.0,
+            "gradients": self.needs_grad,
+        }
+        return frozenset(name for name, is_used in used.items() if is_used)
+
+
+@dataclass(frozen=True, slots=True)
+class KVAppendArgs:
+    """Rotate q and the new k, and write the new k, v into the cache, in place."""
+
+    q: Tensor  # (batch, seqlen_q, nheads, headdim)
+    k_cache: Tensor  # (batch, seqlen_cache, nheads_k, headdim)
+    v_cache: Tensor  # (batch, seqlen_cache, nheads_k, headdim_v)
+    cache_seqlens: Tensor  # (batch,) int32, tokens already in the cache
+    k: Tensor | None = None  # (batch, seqlen_new, nheads_k, headdim)
+    v: Tensor | None = None  # (batch, seqlen_new, nheads_k, headdim_v)
+    rotary_cos: Tensor | None = None  # (seqlen_rotary, rotary_dim / 2), float32
+    rotary_sin: Tensor | None = None  # the same
+    rotary_interleaved: bool = True
+    rotary_per_row: bool = True  # each query at its own position (causal), or all at cache_seqlens
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingArgs:
+    """One draw per row; every parameter is already a contiguous (batch,) tensor on the logits' device."""
+
+    logits: Tensor  # (batch, vocab), stride(-1) == 1
+    temperature: Tensor  # (batch,) float32, 0 = greedy
+    top_k: Tensor  # (batch,) int32, 0 = off
+    top_p: Tensor  # (batch,) float32, 1 = off
+    min_p: Tensor  # (batch,) float32, 0 = off
+    seeds: Tensor  # (batch,) int64, read as unsigned 64-bit
+    positions: Tensor  # (batch,) int64
+    extra_features: frozenset[str] = field(default_factory=frozenset)
+
+    def features(self) -> frozenset[str]:
+        """Names of what this call needs beyond temperature, top_k, top_p and min_p."""
+        return self.extra_features

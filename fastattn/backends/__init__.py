@@ -1,0 +1,56 @@
+"""The table of backends and the one rule of choice.
+
+``auto`` takes the first row that can do what the call asks; a forced backend (``backend=`` or
+``FASTATTN_BACKEND``) does it or raises, and never falls back.
+A row is a module with ``NAME``, ``FEATURES``, ``unavailable()``, ``supports(args)`` and the operations
+``attention(args)``, ``append_kv(args)``, ``sample(args)``.
+"""
+
+from __future__ import annotations
+
+import os
+from types import ModuleType
+
+from fastattn.args import AttentionArgs, KVAppendArgs, SamplingArgs
+from fastattn.backends import cpu, reference
+
+# Best first: the order in which "auto" asks.
+BACKENDS: dict[str, ModuleType] = {module.NAME: module for module in (cpu, reference)}
+
+
+def available_backends() -> dict[str, str | None]:
+    """Every backend by name; the value is None where it can run here, else the reason why it cannot."""
+    return {name: module.unavailable() for name, module in BACKENDS.items()}
+
+
+def resolve(name: str, args: AttentionArgs | KVAppendArgs | SamplingArgs) -> ModuleType:
+    """The backend that serves this call.
+
+    Raises:
+        ValueError: no backend of that name.
+        RuntimeError: a forced backend cannot run on this machine.
+        NotImplementedError: the forced backend, or every backend, lacks what the call needs.
+    """
+    if name == "auto":
+        name = os.environ.get("FASTATTN_BACKEND") or "auto"
+    if name != "auto":
+        return _forced(name, args)
+    reasons = []
+    for module in BACKENDS.values():
+        reason = module.unavailable() or module.supports(args)
+        if reason is None:
+            return module
+        reasons.append(f"{module.NAME}: {reason}")
+    raise NotImplementedError("no backend can serve this call (" + "; ".join(reasons) + ")")
+
+
+def _forced(name: str, args: AttentionArgs | KVAppendArgs | SamplingArgs) -> ModuleType:
+    if name not in BACKENDS:
+        raise ValueError(f"backend: expected one of auto, {', '.join(BACKENDS)}, got {name!r}")
+    module = BACKENDS[name]
+    if reason := module.unavailable():
+        raise RuntimeError(f"backend {name!r} cannot run here: {reason}")
+    if reason := module.supports(args):
+        able = [n for n, m in BACKENDS.items() if not (m.unavailable() or m.supports(args))]
+        raise NotImplementedError(f"backend {name!r} {reason}; backends that have it: {', '.join(able) or 'none'}")
+    return module

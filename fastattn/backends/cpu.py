@@ -1,0 +1,130 @@
+"""The C++ kernels for CPUs, one table of function pointers per ISA (``csrc/cpu``)."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+try:
+    from fastattn import _C
+except ImportError as error:  # a source tree that was never built: doctor and the reference backend still work
+    _C = None  # type: ignore[assignment]
+    _IMPORT_ERROR = str(error)
+
+if TYPE_CHECKING:
+    from fastattn.args import AttentionArgs, KVAppendArgs, SamplingArgs
+
+NAME = "cpu"
+FEATURES: frozenset[str] = frozenset()
+
+# The ISA is chosen once, at import; a wrong FASTATTN_CPU_ISA is not a crash but the reason why this backend is off.
+_ISA_ERROR: str | None = None
+if _C is not None:
+    try:
+        _C.select_isa(os.environ.get("FASTATTN_CPU_ISA", ""))
+    except ValueError as error:
+        _ISA_ERROR = str(error)
+
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # csrc/params.h, DType
+
+
+def cpu_isas() -> list[str]:
+    """The instruction sets that are built in and that this machine can run, best first."""
+    return [] if _C is None else _C.isas()
+
+
+def cpu_isa() -> str:
+    """The instruction set in use: the best one, or what ``FASTATTN_CPU_ISA`` forces.
+
+    Raises:
+        RuntimeError: the extension is not built, or the forced one is unknown or cannot run here.
+    """
+    if reason := unavailable():
+        raise RuntimeError(reason)
+    return _C.isa()
+
+
+def unavailable() -> str | None:
+    """None if the extension imports and an ISA can be chosen, else the reason."""
+    if _C is None:
+        return f"fastattn._C cannot be imported: {_IMPORT_ERROR}"
+    return _ISA_ERROR
+
+
+def supports(args: AttentionArgs | KVAppendArgs | SamplingArgs) -> str | None:
+    """None if this backend can serve the call, else why not."""
+    tensor = args.logits if hasattr(args, "logits") else args.q
+    if tensor.device.type != "cpu":
+        return f"lacks device '{tensor.device.type}'"
+    if tensor.dtype not in _DTYPES:
+        return f"lacks dtype '{str(tensor.dtype).removeprefix('torch.')}'"
+    lacking = sorted(getattr(args, "features", frozenset)() - FEATURES)
+    return f"lacks {', '.join(map(repr, lacking))}" if lacking else None
+
+
+def attention(args: AttentionArgs) -> tuple[Tensor, Tensor | None]:
+    """``out (batch, seqlen_q, nheads, headdim_v)`` in q's dtype and ``lse (batch, nheads, seqlen_q)`` float32."""
+    q, k, v = _unit_stride(args.q), _unit_stride(args.k), _unit_stride(args.v)
+    batch, seqlen_q, nheads, headdim = q.shape
+    _, seqlen_k, nheads_k, headdim_v = v.shape
+    out = q.new_empty((batch, seqlen_q, nheads, headdim_v))
+    lse = q.new_empty((batch, nheads, seqlen_q), dtype=torch.float32) if args.return_lse else None
+    _C.attention_forward(
+        _view(q),
+        _view(k),
+        _view(v),
+        _view(out),
+        0 if lse is None else lse.data_ptr(),
+        0 if args.seqlens_k is None else args.seqlens_k.data_ptr(),
+        (batch, seqlen_q, seqlen_k, nheads, nheads_k, headdim, headdim_v),
+        args.softmax_scale,
+        args.causal,
+        _DTYPES[q.dtype],
+        torch.get_num_threads(),
+    )
+    return out, lse
+
+
+def append_kv(args: KVAppendArgs) -> tuple[Tensor, Tensor]:
+    """Write the new (rotated) k and v at ``cache_seqlens``; returns rotated q and the new lengths (batch,)."""
+    if args.k_cache.stride(-1) != 1 or args.v_cache.stride(-1) != 1:
+        raise ValueError("k_cache, v_cache: expected stride(-1) == 1, they are written in place")
+    q = _unit_stride(args.q)
+    batch, seqlen_q, nheads, headdim = q.shape
+    nheads_k, headdim_v = args.v_cache.shape[2:]
+    # Without new tokens k and v stand in with zero rows.
+    k = args.k_cache[:, :0] if args.k is None else _unit_stride(args.k)
+    v = args.v_cache[:, :0] if args.v is None else _unit_stride(args.v)
+    cos = None if args.rotary_cos is None else args.rotary_cos.float().contiguous()
+    sin = None if args.rotary_sin is None else args.rotary_sin.float().contiguous()
+    q_out = q if cos is None else torch.empty_like(q, memory_format=torch.contiguous_format)
+    _C.append_kv(
+        _view(q),
+        _view(q_out),
+        _view(k),
+        _view(v),
+        _view(args.k_cache),
+        _view(args.v_cache),
+        args.cache_seqlens.data_ptr(),
+        0 if cos is None else cos.data_ptr(),
+        0 if sin is None else sin.data_ptr(),
+        (batch, seqlen_q, k.shape[1], nheads, nheads_k, headdim, headdim_v, 0 if cos is None else cos.shape[1]),
+        args.rotary_interleaved,
+        args.rotary_per_row,
+        _DTYPES[q.dtype],
+        torch.get_num_threads(),
+    )
+    return q_out, args.cache_seqlens if args.k is None else args.cache_seqlens + k.shape[1]
+
+
+def _unit_stride(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def _view(x: Tensor) -> tuple[int, int, int, int]:
+    """Address and strides of a (batch, seqlen, heads, dim) tensor; csrc/params.h, TensorView."""
+    stride = x.stride()
+    return (x.data_ptr(), stride[0], stride[1], stride[2])

@@ -1,0 +1,77 @@
+"""Argument checks, once, at the border: every message names the argument, what was expected and what came.
+
+``Shapes`` binds a symbol the first time it meets it and holds every later tensor to it::
+
+    shapes = Shapes()
+    shapes.match("q", q, "batch seqlen_q nheads headdim")
+    shapes.match("k", k, "batch seqlen_k nheads_k headdim")
+    # ValueError: k: expected (batch=2, seqlen_k, nheads_k, headdim=64), got (2, 77, 8, 80)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from numbers import Real
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class Shapes:
+    """Sizes by name, unified over the tensors of one call."""
+
+    def __init__(self, **known: int) -> None:
+        self.sizes: dict[str, int] = dict(known)
+
+    def __getitem__(self, name: str) -> int:
+        return self.sizes[name]
+
+    def match(self, name: str, tensor: Any, spec: str) -> None:
+        """Bind or compare the sizes of ``tensor`` with the names in ``spec``."""
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name}: expected a torch.Tensor, got {type(tensor).__name__}")
+        symbols = spec.split()
+        shape = tuple(tensor.shape)
+        sizes = self.sizes
+        if len(shape) == len(symbols):
+            for symbol, size in zip(symbols, shape):
+                if sizes.setdefault(symbol, size) != size:
+                    break
+            else:
+                return
+        wanted = ", ".join(f"{s}={sizes[s]}" if s in sizes else s for s in symbols)
+        raise ValueError(f"{name}: expected ({wanted}), got {shape}")
+
+
+def check_dtype(name: str, tensor: Tensor, allowed: Sequence[torch.dtype]) -> None:
+    """TypeError unless the tensor has one of the allowed dtypes."""
+    if tensor.dtype not in allowed:
+        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in allowed)
+        raise TypeError(f"{name}: expected dtype {names}, got {str(tensor.dtype).removeprefix('torch.')}")
+
+
+def check_like(name: str, tensor: Tensor, model_name: str, model: Tensor) -> None:
+    """The dtype and device of ``tensor`` must be those of ``model``."""
+    if tensor.dtype != model.dtype:
+        raise TypeError(f"{name}: expected the dtype of {model_name}, {model.dtype}, got {tensor.dtype}")
+    if tensor.device != model.device:
+        raise ValueError(f"{name}: expected the device of {model_name}, {model.device}, got {tensor.device}")
+
+
+def check_range(name: str, value: float, low: float, high: float) -> None:
+    """ValueError unless low <= value <= high (NaN is never inside)."""
+    if not isinstance(value, Real):
+        raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
+    if not low <= value <= high:
+        raise ValueError(f"{name}: expected a value in [{low}, {high}], got {value}")
+
+
+def check_broadcast(name: str, tensor: Tensor, target: tuple[int, ...]) -> None:
+    """ValueError unless ``tensor`` broadcasts to ``target``."""
+    try:
+        fits = torch.broadcast_shapes(tuple(tensor.shape), target) == torch.Size(target)
+    except RuntimeError:
+        fits = False
+    if not fits:
+        raise ValueError(f"{name}: expected a shape that broadcasts to {target}, got {tuple(tensor.shape)}")

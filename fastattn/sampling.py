@@ -1,0 +1,115 @@
+"""Public sampling: from logits to one token per row in one call."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastattn.args import SamplingArgs
+from fastattn.backends import resolve
+from fastattn.checks import Shapes, check_dtype
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+# Not built yet: named, so that a call that needs one is refused by name and never ignored.
+_LATER: dict[str, Any] = {
+    "logit_bias": None,
+    "allowed": None,
+    "repetition_penalty": 1.0,
+    "presence_penalty": 0.0,
+    "frequency_penalty": 0.0,
+    "token_counts": None,
+    "prompt_mask": None,
+    "return_logprobs": 0,
+}
+
+
+def sample(
+    logits: Tensor,
+    *,
+    temperature: float | Tensor = 1.0,
+    top_k: int | Tensor = 0,
+    top_p: float | Tensor = 1.0,
+    min_p: float | Tensor = 0.0,
+    seeds: int | Tensor | None = None,
+    positions: int | Tensor | None = None,
+    backend: str = "auto",
+    **later: Any,
+) -> Tensor:
+    """Draw one token per row: temperature, then top_k, top_p, min_p, then ``argmax(log p + Gumbel)``.
+
+    Each filter acts on the renormalised survivors of the one before, in one total order: larger logit first, then
+    lower id. The noise is Philox4x32-10 (Salmon et al., SC 2011) keyed by (seed, position) and indexed by the
+    vocabulary id: a token depends only on its own row, seed and position.
+
+    Args:
+        logits: (batch, vocab) float32, bfloat16, float16 or float64; any row stride. -inf is never drawn.
+        temperature: number or (batch,) tensor, >= 0; 0 is greedy (lowest id among equal maxima).
+        top_k: number or (batch,); keep exactly min(top_k, finite) tokens; 0 and -1 = off.
+        top_p: number or (batch,), in [0, 1]; keep the shortest prefix whose mass is >= top_p; 1 = off.
+        min_p: number or (batch,), in [0, 1]; keep tokens with p >= min_p * max p; 0 = off.
+        seeds: number or (batch,) int64; None draws fresh seeds from torch's global generator.
+        positions: number or (batch,) int64, the index of the token being drawn in its own sequence; default 0.
+        backend: "auto", or a name of ``available_backends()``, which then does it or raises.
+        later: the remaining keywords of SEMANTICS section 3; a value other than the default is refused by name.
+
+    Returns:
+        (batch,) int64 token ids on the device of logits.
+
+    Raises:
+        ValueError: a parameter out of range, or a row with NaN, +inf or no finite logit; the message names the row.
+        TypeError: a wrong dtype.
+        NotImplementedError: the forced backend lacks a feature of this call.
+    """
+    Shapes().match("logits", logits, "batch vocab")
+    check_dtype("logits", logits, DTYPES)
+    batch, vocab = logits.shape
+    if vocab == 0:
+        raise ValueError(f"logits: expected at least one column, got {tuple(logits.shape)}")
+    if seeds is None:
+        seeds = torch.randint(-(2**63), 2**63 - 1, (batch,), dtype=torch.int64).to(logits.device)
+    args = SamplingArgs(
+        logits=logits if logits.stride(1) == 1 or vocab == 1 else logits.contiguous(),
+        temperature=_per_row("temperature", temperature, logits, torch.float32, 0.0, math.inf),
+        top_k=_per_row("top_k", top_k, logits, torch.int32, -1, 2**31 - 1).clamp_(min=0),
+        top_p=_per_row("top_p", top_p, logits, torch.float32, 0.0, 1.0),
+        min_p=_per_row("min_p", min_p, logits, torch.float32, 0.0, 1.0),
+        seeds=_per_row("seeds", seeds, logits, torch.int64, -(2**63), 2**63 - 1),
+        positions=_per_row("positions", 0 if positions is None else positions, logits, torch.int64, 0, 2**63 - 1),
+        extra_features=_extra_features(later),
+    )
+    return resolve(backend, args).sample(args)
+
+
+def _per_row(
+    name: str, value: float | Tensor, logits: Tensor, dtype: torch.dtype, low: float, high: float
+) -> Tensor:
+    """``value`` as an own, contiguous (batch,) tensor, checked against [low, high]."""
+    batch = logits.shape[0]
+    if not isinstance(value, Tensor):
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise TypeError(f"{name}: expected a number or a (batch,) tensor, got {type(value).__name__}")
+        if not low <= value <= high or (not dtype.is_floating_point and value != int(value)):
+            kind = "a number" if dtype.is_floating_point else "an integer"
+            raise ValueError(f"{name}: expected {kind} in [{low}, {high}], got {value}")
+        return torch.full((batch,), value, dtype=dtype, device=logits.device)
+    Shapes(batch=batch).match(name, value, "batch")
+    if value.device != logits.device:
+        raise ValueError(f"{name}: expected the device of logits, {logits.device}, got {value.device}")
+    if not dtype.is_floating_point and (value.is_floating_point() or value.dtype == torch.bool):
+        raise TypeError(f"{name}: expected an integer dtype, got {value.dtype}")
+    outside = ~((value >= low) & (value <= high))  # (batch,); NaN is outside
+    if bool(outside.any()):
+        row = int(outside.nonzero()[0])
+        raise ValueError(f"{name}: expected values in [{low}, {high}], got {value[row].item()} in row {row}")
+    return value.to(dtype, copy=True).contiguous()
+
+
+def _extra_features(later: dict[str, Any]) -> frozenset[str]:
+    unknown = [name for name in later if name not in _LATER]
+    if unknown:
+        raise TypeError(f"sample() got an unexpected keyword argument {unknown[0]!r}")
+    return frozenset(n for n, value in later.items() if value is not _LATER[n] and value != _LATER[n])
