@@ -21,9 +21,9 @@ TensorView view(const py::tuple& t) {
   return {pointer<void>(t[0].cast<uintptr_t>()), t[1].cast<int64_t>(), t[2].cast<int64_t>(), t[3].cast<int64_t>()};
 }
 
-void attention_forward(const py::tuple& q, const py::tuple& k, const py::tuple& v, const py::tuple& out,
-                       uintptr_t lse, uintptr_t seqlens_k, const py::tuple& sizes, float softmax_scale, bool causal,
-                       int dtype, int nthreads) {
+void attention_forward(const py::tuple& q, const py::tuple& k, const py::tuple& v, const py::tuple& out, uintptr_t lse,
+                       uintptr_t seqlens_k, const py::tuple& sizes, float softmax_scale, bool causal, int dtype,
+                       int nthreads) {
   AttentionParams p{};
   p.q = view(q);
   p.k = view(k);

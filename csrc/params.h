@@ -42,9 +42,9 @@ struct AttentionParams {
 
 // Rotate q into q_out, and write the rotated new k, and v, into the caches.
 struct KVAppendParams {
-  TensorView q, q_out;          // (batch, seqlen_q, nheads, headdim); only read when rotary_cos is set
-  TensorView k, v;              // (batch, seqlen_new, nheads_k, headdim or headdim_v)
-  TensorView k_cache, v_cache;  // (batch, seqlen_cache, nheads_k, headdim or headdim_v)
+  TensorView q, q_out;           // (batch, seqlen_q, nheads, headdim); only read when rotary_cos is set
+  TensorView k, v;               // (batch, seqlen_new, nheads_k, headdim or headdim_v)
+  TensorView k_cache, v_cache;   // (batch, seqlen_cache, nheads_k, headdim or headdim_v)
   const int32_t* cache_seqlens;  // (batch,), where the new rows go
   const float* rotary_cos;       // (positions, half_rotary) contiguous; null = no rotary
   const float* rotary_sin;
@@ -58,7 +58,7 @@ struct KVAppendParams {
 };
 
 struct SamplingParams {
-  const void* logits;        // (batch, vocab), unit stride along vocab
+  const void* logits;  // (batch, vocab), unit stride along vocab
   int64_t stride_batch;
   const float* temperature;  // (batch,) each
   const int32_t* top_k;
@@ -66,8 +66,8 @@ struct SamplingParams {
   const float* min_p;
   const uint64_t* seeds;
   const int64_t* positions;
-  int64_t* tokens;           // (batch,) out
-  int32_t* status;           // (batch,) out, a SamplingStatus
+  int64_t* tokens;  // (batch,) out
+  int32_t* status;  // (batch,) out, a SamplingStatus
   int64_t batch, vocab;
   DType dtype;
   int nthreads;

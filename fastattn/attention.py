@@ -148,7 +148,7 @@ def attention_with_kvcache(
     check_range("num_splits", num_splits, 0, math.inf)
     seqlens = _cache_seqlens(cache_seqlens, q, k_cache, k)
     window = _window(window_size)
-    if k is not None or rotary_cos is not None:
+    if k is not None or v is not None or rotary_cos is not None or rotary_sin is not None:
         append = KVAppendArgs(
             q=q,
             k_cache=k_cache,

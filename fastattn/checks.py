@@ -34,12 +34,9 @@ class Shapes:
         symbols = spec.split()
         shape = tuple(tensor.shape)
         sizes = self.sizes
-        if len(shape) == len(symbols):
-            for symbol, size in zip(symbols, shape):
-                if sizes.setdefault(symbol, size) != size:
-                    break
-            else:
-                return
+        if len(shape) == len(symbols) and all(sizes.get(s, n) == n for s, n in zip(symbols, shape)):
+            sizes.update(zip(symbols, shape))
+            return
         wanted = ", ".join(f"{s}={sizes[s]}" if s in sizes else s for s in symbols)
         raise ValueError(f"{name}: expected ({wanted}), got {shape}")
 

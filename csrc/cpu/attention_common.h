@@ -1,9 +1,10 @@
 // What the tile kernel and the decode kernel share: the order of the arithmetic.
 //
 // Both walk the keys in blocks of kBlockK and in chunks of chunk_keys(seqlen_k), counted from key 0. Within a block a
-// score is one chain of FMAs over headdim, and an output one chain over the keys; at a block's end the running
-// (max, sum, out) is rescaled; at a chunk's end it is merged into the total, in order. So a query's bits depend on its
-// own keys and their number only: not on which kernel served it, the other queries, the batch or the threads.
+// score is one chain of FMAs per kScoreChain dimensions, added in order, and an output one chain over the keys; at a
+// block's end the running (max, sum, out) is rescaled; at a chunk's end it is merged into the total, in order. So a
+// query's bits depend on its own keys and their number only: not on which kernel served it, the other queries, the
+// batch or the threads.
 #pragma once
 
 #include <cstdint>
@@ -14,9 +15,10 @@
 namespace fastattn {
 namespace {
 
-constexpr int kBlockK = 64;            // keys per online-softmax step
-constexpr int64_t kMinChunk = 1024;    // keys per independently attended chunk, at least
-constexpr int64_t kMaxChunks = 64;     // bounds the memory of partial results
+constexpr int kScoreChain = 64;      // dimensions summed in one chain of FMAs: longer ones lose accuracy
+constexpr int kBlockK = 64;          // keys per online-softmax step
+constexpr int64_t kMinChunk = 1024;  // keys per independently attended chunk, at least
+constexpr int64_t kMaxChunks = 64;   // bounds the memory of partial results
 constexpr float kInfinity = __builtin_inff();
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -28,8 +30,8 @@ inline int64_t chunk_keys(int64_t seqlen_k) {
   return even > kMinChunk ? even : kMinChunk;
 }
 
-// Where the rows of one work item sit. Row r of a KV head is query r / group of head nheads_k_index * group + r % group:
-// the queries that share keys are neighbours, so one pass over K and V serves the whole GQA group.
+// Where the rows of one work item sit. Row r of a KV head is query r / group of head nheads_k_index * group + r %
+// group: the queries that share keys are neighbours, so one pass over K and V serves the whole GQA group.
 struct RowBlock {
   int64_t batch;
   int64_t head_k;
@@ -64,9 +66,9 @@ inline const T* row_pointer(const TensorView& view, int64_t batch, int64_t seq, 
 // The running softmax of `rows` rows over some keys: out = o / sum, in units of 2^(score - max).
 // Rows that saw no key have max = -inf, sum = 0, o = 0.
 struct SoftmaxState {
-  float* max;  // (rows,)
-  float* sum;  // (rows,)
-  float* o;    // (rows, ldo)
+  float* max;   // (rows,)
+  float* sum;   // (rows,)
+  float* o;     // (rows, ldo)
   int64_t ldo;  // headdim_v rounded up to whole vectors
 
   static int64_t floats(int64_t rows, int64_t ldo) { return rows * (ldo + 2); }

@@ -16,11 +16,15 @@ class DecodeRows {
   static constexpr int kMaxRows = 8;
 
   static int64_t floats(const AttentionParams& p, int64_t rows) {
-    return rows * (round_up(p.headdim, Vec::kLanes) + kBlockK);
+    return rows * (round_up(p.headdim, Vec::kLanes) + 2 * kBlockK);
   }
 
   DecodeRows(const AttentionParams& p, const RowBlock& block, float* memory)
-      : p_(p), block_(block), lengths_(p, block.batch), ldq_(round_up(p.headdim, Vec::kLanes)), q_(memory),
+      : p_(p),
+        block_(block),
+        lengths_(p, block.batch),
+        ldq_(round_up(p.headdim, Vec::kLanes)),
+        q_(memory),
         s_(memory + block.rows * ldq_) {
     const Vec scale = Vec::set1(p.softmax_scale * kLog2e);
     for (int64_t r = 0; r < block.rows; ++r) {
@@ -57,6 +61,9 @@ class DecodeRows {
 
  private:
   static constexpr int kLanes = Vec::kLanes;
+  // The rows of one head lie a whole token apart, too far for the hardware to run ahead: fetch the next block's rows
+  // while this one is at work (measured: 32 to 41 GB/s at 8 KV heads of 128).
+  static constexpr int kIntoL2 = 2;
   static constexpr int kValueVecs = Vec::kTileCols / 2;  // 4 rows by this many vectors of accumulators
 
   static Vec load_dims(const T* p, int64_t left) {
@@ -65,23 +72,37 @@ class DecodeRows {
 
   // s[r][key] = q[r] . k[key] for kBlockK keys; keys past the end repeat the last one and are masked later.
   void scores(int64_t first_key, int keys) {
-    for (int64_t i = 0; i < block_.rows * kBlockK; i += kLanes) Vec::zero().store(s_ + i);
+    const int64_t n = block_.rows * kBlockK;
+    for (int64_t d = 0; d < p_.headdim; d += kScoreChain) {
+      float* sums = d == 0 ? s_ : s_ + n;
+      for (int64_t i = 0; i < n; i += kLanes) Vec::zero().store(sums + i);
+      score_chain(first_key, keys, d, d + kScoreChain < p_.headdim ? d + kScoreChain : p_.headdim, sums);
+      if (d > 0)
+        for (int64_t i = 0; i < n; i += kLanes) (Vec::load(s_ + i) + Vec::load(sums + i)).store(s_ + i);
+    }
+  }
+
+  // sums[r][key] += the part of the score from dimensions [begin, end).
+  void score_chain(int64_t first_key, int keys, int64_t begin, int64_t end, float* sums) {
     const T* k = row_pointer<T>(p_.k, block_.batch, first_key, block_.head_k);
     const int64_t stride = p_.k.stride_seqlen;
-    for (int64_t d = 0; d < p_.headdim; d += kLanes)
+    for (int64_t d = begin; d < end; d += kLanes)
       for (int key = 0; key < keys; key += kLanes) {
         Vec square[kLanes];
-        if (key + kLanes <= keys && d + kLanes <= p_.headdim) {
+        if (key + kLanes <= keys && d + kLanes <= end) {
 #pragma GCC unroll 16
-          for (int i = 0; i < kLanes; ++i) square[i] = Vec::load(k + (key + i) * stride + d);
+          for (int i = 0; i < kLanes; ++i) {
+            square[i] = Vec::load(k + (key + i) * stride + d);
+            __builtin_prefetch(k + (key + i + kBlockK) * stride + d, 0, kIntoL2);
+          }
         } else {
           for (int i = 0; i < kLanes; ++i)
-            square[i] = load_dims(k + (key + i < keys ? key + i : keys - 1) * stride + d, p_.headdim - d);
+            square[i] = load_dims(k + (key + i < keys ? key + i : keys - 1) * stride + d, end - d);
         }
         Vec::transpose(square);
         for (int64_t r = 0; r < block_.rows; ++r) {
           const float* q = q_ + r * ldq_ + d;
-          float* at = s_ + r * kBlockK + key;
+          float* at = sums + r * kBlockK + key;
           Vec sum = Vec::load(at);
 #pragma GCC unroll 16
           for (int i = 0; i < kLanes; ++i) sum = fma(square[i], Vec::set1(q[i]), sum);
@@ -143,6 +164,8 @@ class DecodeRows {
       for (int i = 0; i < kRows; ++i)
 #pragma GCC unroll 4
         for (int j = 0; j < kVecs; ++j) sum[i][j] = fma(Vec::set1(p[i * kBlockK + key]), row[j], sum[i][j]);
+      if (r == 0)
+        for (int j = 0; j < kVecs; ++j) __builtin_prefetch(v + kBlockK * p_.v.stride_seqlen + j * kLanes, 0, kIntoL2);
       v += p_.v.stride_seqlen;
     }
 #pragma GCC unroll 4
@@ -156,7 +179,7 @@ class DecodeRows {
   const Lengths lengths_;
   const int64_t ldq_;
   float* const q_;  // (rows, ldq), times softmax_scale * log2(e)
-  float* const s_;  // (rows, kBlockK)
+  float* const s_;  // (rows, kBlockK), and as much again for the chain at work
 };
 
 }  // namespace

@@ -88,14 +88,14 @@ class ForwardTile {
     }
   };
 
-  float* q() const { return memory_ + layout_.q; }      // (headdim, ldr), times softmax_scale * log2(e)
-  float* o() const { return memory_ + layout_.o; }      // (ldv, ldr)
-  float* max_() const { return memory_ + layout_.max; }  // (ldr,)
-  float* sum_() const { return memory_ + layout_.sum; }  // (ldr,)
+  float* q() const { return memory_ + layout_.q; }          // (headdim, ldr), times softmax_scale * log2(e)
+  float* o() const { return memory_ + layout_.o; }          // (ldv, ldr)
+  float* max_() const { return memory_ + layout_.max; }     // (ldr,)
+  float* sum_() const { return memory_ + layout_.sum; }     // (ldr,)
   float* limit() const { return memory_ + layout_.limit; }  // (ldr,), visible keys from the block's first key on
-  float* k() const { return memory_ + layout_.k; }      // (kBlockK, ldk)
-  float* v() const { return memory_ + layout_.v; }      // (kBlockK, ldv)
-  float* s() const { return memory_ + layout_.s; }      // (kBlockK, kStrip)
+  float* k() const { return memory_ + layout_.k; }          // (kBlockK, ldk)
+  float* v() const { return memory_ + layout_.v; }          // (kBlockK, ldv)
+  float* s() const { return memory_ + layout_.s; }          // (kBlockK, kStrip)
 
   const T* query_row(int64_t r) const {
     const int64_t row = block_.first_row + r, group = lengths_.group;
@@ -147,6 +147,10 @@ class ForwardTile {
   struct Count {
     static constexpr int value = kVecs;
   };
+  template <bool kValue>
+  struct Bool {
+    static constexpr bool value = kValue;
+  };
   template <int kVecs, class Fn>
   static void visit_vecs(int vecs, Fn&& fn) {
     if constexpr (kVecs > 1)
@@ -165,16 +169,32 @@ class ForwardTile {
       if constexpr (kMasked) limits[i] = Vec::load(limit() + row + i * kLanes);
     }
     float* scores = s();
-    for (int key = 0; key < kBlockK; key += kCols)
+    // One chain of FMAs over dimensions [d, d + depth); kFirst and kLast say whether it begins and ends the score.
+    const auto chain = [&](auto first, auto last, int key, int64_t d, int64_t depth) {
+      constexpr bool kFirst = decltype(first)::value, kLast = decltype(last)::value;
       tile_gemm<Vec, kVecs, kCols>(
-          q() + row, layout_.ldr, k() + key * layout_.ldk, layout_.ldk, 1, p_.headdim,
+          q() + d * layout_.ldr + row, layout_.ldr, k() + key * layout_.ldk + d, layout_.ldk, 1, depth,
           [](int, int) { return Vec::zero(); },
           [&](int col, int vec, Vec score) {
-            if constexpr (kMasked)
+            float* at = scores + (key + col) * kStrip + vec * kLanes;
+            if constexpr (!kFirst) score = Vec::load(at) + score;
+            if constexpr (kLast && kMasked)
               score = select(Vec::set1(static_cast<float>(key + col)) < limits[vec], score, Vec::set1(-kInfinity));
-            top[vec] = max(top[vec], score);
-            score.store(scores + (key + col) * kStrip + vec * kLanes);
+            if constexpr (kLast) top[vec] = max(top[vec], score);
+            score.store(at);
           });
+    };
+    const int64_t headdim = p_.headdim;
+    for (int key = 0; key < kBlockK; key += kCols) {
+      if (headdim <= kScoreChain) {
+        chain(Bool<true>{}, Bool<true>{}, key, 0, headdim);
+        continue;
+      }
+      chain(Bool<true>{}, Bool<false>{}, key, 0, kScoreChain);
+      int64_t d = kScoreChain;
+      for (; d + kScoreChain < headdim; d += kScoreChain) chain(Bool<false>{}, Bool<false>{}, key, d, kScoreChain);
+      chain(Bool<false>{}, Bool<true>{}, key, d, headdim - d);
+    }
 
     Vec shift[kVecs], scale[kVecs], sum[kVecs];
     for (int i = 0; i < kVecs; ++i) {

@@ -54,7 +54,7 @@ void append_kv_rows(const KVAppendParams& p) {
         T* k_out = const_cast<T*>(row_pointer<T>(p.k_cache, batch, start + row, head));
         rotary ? rotate_row<Vec, T>(p, start + row, k, k_out) : copy_row<Vec>(k, k_out, p.headdim);
         copy_row<Vec>(row_pointer<T>(p.v, batch, row, head),
-                         const_cast<T*>(row_pointer<T>(p.v_cache, batch, start + row, head)), p.headdim_v);
+                      const_cast<T*>(row_pointer<T>(p.v_cache, batch, start + row, head)), p.headdim_v);
       }
   });
 }

@@ -2,8 +2,8 @@
 //
 //   c[col][row] = init(col, row) + sum over i of a[i][row] * b(col, i)
 //
-// a is a (depth, rows) panel with rows contiguous; b is read as scalars at col * b_col + i * b_depth; so neither K nor V
-// needs a transposition, softmax statistics need no horizontal step, and the sum over i is one sequential chain of
+// a is a (depth, rows) panel with rows contiguous; b is read as scalars at col * b_col + i * b_depth; so neither K nor
+// V needs a transposition, softmax statistics need no horizontal step, and the sum over i is one sequential chain of
 // FMAs: a row's bits depend on nothing but that row and b.
 #pragma once
 

@@ -1,5 +1,5 @@
-#include "cpu/simd/vec_avx2.h"
 #include "cpu/isa/kernels.inc"
+#include "cpu/simd/vec_avx2.h"
 
 namespace fastattn {
 extern const KernelTable avx2_kernels = make_table<VecAvx2>("avx2");

@@ -1,5 +1,5 @@
-#include "cpu/simd/vec_avx512.h"
 #include "cpu/isa/kernels.inc"
+#include "cpu/simd/vec_avx512.h"
 
 namespace fastattn {
 extern const KernelTable avx512_kernels = make_table<VecAvx512>("avx512");

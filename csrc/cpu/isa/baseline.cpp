@@ -1,5 +1,5 @@
-#include "cpu/simd/vec_scalar.h"
 #include "cpu/isa/kernels.inc"
+#include "cpu/simd/vec_scalar.h"
 
 namespace fastattn {
 extern const KernelTable baseline_kernels = make_table<VecScalar>("baseline");

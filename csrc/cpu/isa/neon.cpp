@@ -1,5 +1,5 @@
-#include "cpu/simd/vec_neon.h"
 #include "cpu/isa/kernels.inc"
+#include "cpu/simd/vec_neon.h"
 
 namespace fastattn {
 extern const KernelTable neon_kernels = make_table<VecNeon>("neon");

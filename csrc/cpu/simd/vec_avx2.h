@@ -56,9 +56,7 @@ struct VecAvx2 {
   friend Mask operator<(VecAvx2 a, VecAvx2 b) { return {_mm256_cmp_ps(a.r, b.r, _CMP_LT_OQ)}; }
   friend VecAvx2 select(Mask m, VecAvx2 a, VecAvx2 b) { return {_mm256_blendv_ps(b.r, a.r, m.m)}; }
 
-  friend VecAvx2 round(VecAvx2 x) {
-    return {_mm256_round_ps(x.r, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
-  }
+  friend VecAvx2 round(VecAvx2 x) { return {_mm256_round_ps(x.r, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
   // x * 2^n for an integral n; zero where n <= -127.
   friend VecAvx2 ldexp(VecAvx2 x, VecAvx2 n) {
     __m256i e = _mm256_add_epi32(_mm256_cvtps_epi32(n.r), _mm256_set1_epi32(127));

@@ -29,9 +29,7 @@ struct VecAvx512 {
   static VecAvx512 load(const f16_t* p) { return {_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p))}; }
   static VecAvx512 load_n(const float* p, int n) { return {_mm512_maskz_loadu_ps(first_n(n), p)}; }
   static VecAvx512 load_n(const bf16_t* p, int n) { return widen_bf16(_mm256_maskz_loadu_epi16(first_n(n), p)); }
-  static VecAvx512 load_n(const f16_t* p, int n) {
-    return {_mm512_cvtph_ps(_mm256_maskz_loadu_epi16(first_n(n), p))};
-  }
+  static VecAvx512 load_n(const f16_t* p, int n) { return {_mm512_cvtph_ps(_mm256_maskz_loadu_epi16(first_n(n), p))}; }
   void store(float* p) const { _mm512_storeu_ps(p, r); }
   void store(bf16_t* p) const { _mm256_storeu_si256((__m256i*)p, narrow_bf16(r)); }
   void store(f16_t* p) const { _mm256_storeu_si256((__m256i*)p, narrow_f16(r)); }

@@ -47,9 +47,7 @@ struct VecNeon {
     const uint32x4_t words = vbslq_u32(vceqq_f32(r, r), rounded, quiet);
     vst1_u16(reinterpret_cast<uint16_t*>(p), vshrn_n_u32(words, 16));
   }
-  void store(f16_t* p) const {
-    vst1_u16(reinterpret_cast<uint16_t*>(p), vreinterpret_u16_f16(vcvt_f16_f32(r)));
-  }
+  void store(f16_t* p) const { vst1_u16(reinterpret_cast<uint16_t*>(p), vreinterpret_u16_f16(vcvt_f16_f32(r))); }
   template <class T>
   void store_n(T* p, int n) const {
     T all[kLanes];

@@ -116,7 +116,7 @@ struct VecScalar {
   friend VecScalar operator*(VecScalar a, VecScalar b) { return {a.r * b.r}; }
   friend VecScalar operator/(VecScalar a, VecScalar b) { return {a.r / b.r}; }
   friend VecScalar fma(VecScalar a, VecScalar b, VecScalar c) { return {a.r * b.r + c.r}; }  // a * b + c
-  friend VecScalar max(VecScalar a, VecScalar b) { return {a.r > b.r ? a.r : b.r}; }  // b where either is NaN
+  friend VecScalar max(VecScalar a, VecScalar b) { return {a.r > b.r ? a.r : b.r}; }         // b where either is NaN
   friend VecScalar min(VecScalar a, VecScalar b) { return {a.r < b.r ? a.r : b.r}; }
   friend Mask operator<(VecScalar a, VecScalar b) { return {a.r < b.r}; }
   friend VecScalar select(Mask m, VecScalar a, VecScalar b) { return {m.m ? a.r : b.r}; }

@@ -1,0 +1,115 @@
+"""Section 5 of the semantics: every refusal names the argument, what was expected and what came."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+
+import fastattn
+from fastattn import attention, attention_with_kvcache
+from fastattn.backends import cpu
+
+q = torch.randn(2, 5, 8, 64)
+k = torch.randn(2, 77, 4, 64)
+v = torch.randn(2, 77, 4, 64)
+cache = torch.zeros(2, 10, 4, 64)
+new = torch.zeros(2, 3, 4, 64)
+table = torch.zeros(10, 16)
+
+ATTENTION = [
+    ({"k": torch.randn(2, 77, 8, 80)}, ValueError, "k: expected (batch=2, seqlen_k, nheads_k, headdim=64), got (2, 77, 8, 80)"),
+    ({"v": torch.randn(2, 76, 4, 64)}, ValueError, "v: expected (batch=2, seqlen_k=77, nheads_k=4, headdim_v), got (2, 76, 4, 64)"),
+    ({"q": q[0]}, ValueError, "q: expected (batch, seqlen_q, nheads, headdim), got (5, 8, 64)"),
+    ({"q": None}, TypeError, "q: expected a torch.Tensor, got NoneType"),
+    ({"q": q.int()}, TypeError, "q: expected dtype float32, bfloat16, float16, float64, got int32"),
+    ({"k": k.half()}, TypeError, "k: expected the dtype of q, torch.float32, got torch.float16"),
+    ({"v": v.to("meta")}, ValueError, "v: expected the device of q, cpu, got meta"),
+    ({"q": torch.randn(2, 5, 6, 64)}, ValueError, "k: expected nheads_k that divides nheads=6, got nheads_k=4"),
+    ({"k": k[:, :, :0], "v": v[:, :, :0]}, ValueError, "k: expected nheads_k that divides nheads=8, got nheads_k=0"),
+    ({"q": torch.randn(1, 1, 1, 513), "k": torch.randn(1, 1, 1, 513), "v": torch.randn(1, 1, 1, 8)}, ValueError,
+     "q: expected headdim from 1 to 512, got 513"),
+    ({"v": torch.randn(2, 77, 4, 600)}, ValueError, "v: expected headdim_v from 1 to 512, got 600"),
+    ({"causal": 1}, TypeError, "causal: expected a bool, got int"),
+    ({"softmax_scale": float("nan")}, ValueError, "softmax_scale: expected a finite number, got nan"),
+    ({"window_size": (-2, 0)}, ValueError, "window_size: expected (left, right) with values >= -1, got (-2, 0)"),
+    ({"softcap": -1.0}, ValueError, "softcap: expected a value in [0.0, inf], got -1.0"),
+    ({"dropout_p": 1.5}, ValueError, "dropout_p: expected a value in [0.0, 1.0], got 1.5"),
+    ({"softcap": 1.0, "dropout_p": 0.5}, ValueError, "softcap: expected 0 together with dropout_p=0.5, got 1.0"),
+    ({"attn_bias": torch.zeros(3, 77)}, ValueError, "attn_bias: expected a shape that broadcasts to (2, 8, 5, 77), got (3, 77)"),
+    ({"attn_bias": torch.zeros(5, 77, dtype=torch.bool)}, TypeError, "attn_bias: expected a float dtype, got torch.bool"),
+    ({"attn_mask": torch.zeros(5, 77)}, TypeError, "attn_mask: expected dtype bool, got float32"),
+    ({"alibi_slopes": torch.zeros(3)}, ValueError, "alibi_slopes: expected (nheads=8,) or (batch=2, nheads=8), got (3,)"),
+    ({"alibi_slopes": torch.zeros(8, requires_grad=True)}, ValueError, "alibi_slopes: expected a tensor without requires_grad"),
+    ({"sinks": torch.zeros(4)}, ValueError, "sinks: expected (nheads=8), got (4,)"),
+    ({"backend": "tpu"}, ValueError, "backend: expected one of auto, cpu, reference, got 'tpu'"),
+    ({"backend": "cpu", "sinks": torch.zeros(8)}, NotImplementedError,
+     "backend 'cpu' lacks 'sinks'; backends that have it: reference"),
+    ({"backend": "cpu", "softcap": 3.0, "window_size": (3, 3)}, NotImplementedError,
+     "backend 'cpu' lacks 'softcap', 'window'; backends that have it: reference"),
+    ({"q": q.double(), "k": k.double(), "v": v.double(), "backend": "cpu"}, NotImplementedError,
+     "backend 'cpu' lacks dtype 'float64'; backends that have it: reference"),
+    ({"dropout_p": 0.5}, NotImplementedError, "no backend can serve this call (cpu: lacks 'dropout'; reference: lacks 'dropout')"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("change", "error", "message"), ATTENTION)
+def test_attention(change, error, message):
+    with pytest.raises(error, match="^" + re.escape(message)):
+        attention(**{"q": q, "k": k, "v": v, **change})
+
+
+KVCACHE = [
+    ({"k": new}, ValueError, "k, v: expected both or neither, got only k"),
+    ({"v": new}, ValueError, "k, v: expected both or neither, got only v"),
+    ({"k": new, "v": new, "cache_seqlens": 8}, ValueError,
+     "k_cache: expected seqlen_cache >= 11 (cache_seqlens 8 + 3 new), got 10"),
+    ({"k": new[:, :, :1], "v": new}, ValueError, "k: expected (batch=2, seqlen_new, nheads_k=4, headdim=64), got (2, 3, 1, 64)"),
+    ({"k": new.half(), "v": new.half()}, TypeError, "k: expected the dtype of k_cache, torch.float32, got torch.float16"),
+    ({"cache_seqlens": 11}, ValueError, "cache_seqlens: expected a value in [0, 10], got 11"),
+    ({"cache_seqlens": torch.tensor([3, -1])}, ValueError, "cache_seqlens: expected a value in [0, 10], got -1"),
+    ({"cache_seqlens": torch.tensor([3.0, 1.0])}, TypeError, "cache_seqlens: expected dtype int32, int64, got float32"),
+    ({"cache_seqlens": torch.tensor([3])}, ValueError, "cache_seqlens: expected (batch=2), got (1,)"),
+    ({"rotary_cos": table}, ValueError, "rotary_cos, rotary_sin: expected both or neither"),
+    ({"rotary_cos": table, "rotary_sin": table[:, :8]}, ValueError,
+     "rotary_sin: expected (seqlen_rotary=10, half_rotary_dim=16), got (10, 8)"),
+    ({"rotary_cos": torch.zeros(10, 40), "rotary_sin": torch.zeros(10, 40)}, ValueError,
+     "rotary_cos: expected at most headdim / 2 = 32 columns, got 40"),
+    ({"rotary_cos": table[:4], "rotary_sin": table[:4], "k": new, "v": new, "cache_seqlens": 2}, ValueError,
+     "rotary_cos: expected at least 5 rows (positions), got 4"),
+    ({"block_table": torch.zeros(2, 1)}, NotImplementedError, "no backend has 'block_table' yet"),
+    ({"num_splits": -1}, ValueError, "num_splits: expected a value in [0, inf], got -1"),
+    ({"k_cache": torch.zeros(2, 10, 5, 64)}, ValueError, "k_cache: expected nheads_k that divides nheads=8, got nheads_k=5"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("change", "error", "message"), KVCACHE)
+def test_kvcache(change, error, message):
+    call = {"q": q[:, :3], "k_cache": cache, "v_cache": cache, **change}
+    if "k_cache" in change:
+        call["v_cache"] = change["k_cache"]
+    with pytest.raises(error, match="^" + re.escape(message)):
+        attention_with_kvcache(**call)
+
+
+def test_forced_by_environment(monkeypatch):
+    monkeypatch.setenv("FASTATTN_BACKEND", "cpu")
+    with pytest.raises(NotImplementedError, match="backend 'cpu' lacks 'softcap'"):
+        attention(q, k, v, softcap=2.0)
+    monkeypatch.setenv("FASTATTN_BACKEND", "gpu")
+    with pytest.raises(ValueError, match="backend: expected one of auto, cpu, reference, got 'gpu'"):
+        attention(q, k, v)
+    monkeypatch.setenv("FASTATTN_BACKEND", "reference")
+    assert attention(q, k, v).shape == q.shape
+
+
+def test_unknown_isa_turns_the_backend_off(monkeypatch):
+    with pytest.raises(ValueError, match=r"FASTATTN_CPU_ISA: expected one of .*baseline, got 'avx1024'"):
+        cpu._C.select_isa("avx1024")
+    monkeypatch.setattr(cpu, "_ISA_ERROR", "FASTATTN_CPU_ISA: expected one of baseline, got 'avx1024'")
+    assert fastattn.available_backends()["cpu"].startswith("FASTATTN_CPU_ISA")
+    with pytest.raises(RuntimeError, match="backend 'cpu' cannot run here: FASTATTN_CPU_ISA"):
+        attention(q, k, v, backend="cpu")
+    with pytest.raises(RuntimeError, match="FASTATTN_CPU_ISA"):
+        fastattn.cpu_isa()
