@@ -2,6 +2,9 @@
 #include <pybind11/pybind11.h>
 
 #include <cstdint>
+#include <cstring>
+#include <stdexcept>
+#include <string>
 
 #include "cpu/registry.h"
 #include "params.h"
@@ -68,6 +71,48 @@ void append_kv(const py::tuple& q, const py::tuple& q_out, const py::tuple& k, c
   kernels().append_kv(p);
 }
 
+// How many floats pack_linear writes.
+int64_t packed_linear_floats(int64_t in_features, int64_t out_features, int dtype) {
+  return kernels().packed_linear_floats(in_features, out_features, static_cast<DType>(dtype));
+}
+
+void pack_linear(uintptr_t weight, int64_t stride_weight, uintptr_t bias, uintptr_t packed, int64_t in_features,
+                 int64_t out_features, int dtype, int nthreads) {
+  PackLinearParams p{};
+  p.weight = pointer<const void>(weight);
+  p.bias = pointer<const float>(bias);
+  p.packed = pointer<float>(packed);
+  p.stride_weight = stride_weight;
+  p.in_features = in_features;
+  p.out_features = out_features;
+  p.dtype = static_cast<DType>(dtype);
+  p.nthreads = nthreads;
+  py::gil_scoped_release release;
+  kernels().pack_linear(p);
+}
+
+// `isa` is what the weights were packed for: another ISA would read them in another order.
+void linear(uintptr_t x, int64_t stride_x, uintptr_t weights, const char* isa, uintptr_t out, int64_t stride_out,
+            int64_t tokens, int64_t in_features, int64_t out_features, int dtype, int nthreads) {
+  const KernelTable& table = kernels();
+  if (std::strcmp(isa, table.name) != 0)
+    throw std::runtime_error(std::string("PackedLinear: the weights were packed for ISA '") + isa + "', but '" +
+                             table.name + "' is in use; pack them again after select_isa");
+  LinearParams p{};
+  p.x = pointer<const float>(x);
+  p.weights = pointer<const float>(weights);
+  p.out = pointer<float>(out);
+  p.stride_x = stride_x;
+  p.stride_out = stride_out;
+  p.tokens = tokens;
+  p.in_features = in_features;
+  p.out_features = out_features;
+  p.dtype = static_cast<DType>(dtype);
+  p.nthreads = nthreads;
+  py::gil_scoped_release release;
+  table.linear(p);
+}
+
 py::list isas() {
   py::list names;
   for (const KernelTable* table : supported_kernels()) names.append(table->name);
@@ -85,4 +130,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("select_isa", &select_kernels, "Use this instruction set from now on; '' = the best.");
   m.def("attention_forward", &attention_forward);
   m.def("append_kv", &append_kv);
+  m.def("packed_linear_floats", &packed_linear_floats);
+  m.def("pack_linear", &pack_linear);
+  m.def("linear", &linear);
 }

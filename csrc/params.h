@@ -57,6 +57,27 @@ struct KVAppendParams {
   int nthreads;
 };
 
+// out = x W^T + bias, with W as pack_linear left it.
+struct LinearParams {
+  const float* x;        // (tokens, in_features), unit stride along in_features
+  const float* weights;  // packed; the bias is inside
+  float* out;            // (tokens, out_features), unit stride along out_features
+  int64_t stride_x, stride_out;
+  int64_t tokens, in_features, out_features;
+  DType dtype;  // of W: f32 or bf16
+  int nthreads;
+};
+
+struct PackLinearParams {
+  const void* weight;  // (out_features, in_features), unit stride along in_features
+  const float* bias;   // (out_features,) or null
+  float* packed;       // packed_linear_floats(...) of them
+  int64_t stride_weight;
+  int64_t in_features, out_features;
+  DType dtype;
+  int nthreads;
+};
+
 struct SamplingParams {
   const void* logits;  // (batch, vocab), unit stride along vocab
   int64_t stride_batch;

@@ -9,6 +9,9 @@ struct KernelTable {
   const char* name;
   void (*attention_forward)(const AttentionParams&);
   void (*append_kv)(const KVAppendParams&);
+  int64_t (*packed_linear_floats)(int64_t in_features, int64_t out_features, DType dtype);
+  void (*pack_linear)(const PackLinearParams&);
+  void (*linear)(const LinearParams&);
 };
 
 }  // namespace fastattn

@@ -1,4 +1,4 @@
-// The register tile behind QK^T and PV: rows live in the lanes, columns are broadcast.
+// The register tile behind QK^T, PV and the linear layers: rows live in the lanes, columns are broadcast.
 //
 //   c[col][row] = init(col, row) + sum over i of a[i][row] * b(col, i)
 //
@@ -12,25 +12,47 @@
 namespace fastattn {
 namespace {
 
+// How one step of the tile multiplies. A step covers one 32-bit word of a per lane and one Scalar of b per column, in
+// kPhases multiplications one after the other.
+template <class Vec>
+struct FmaProduct {
+  using Scalar = float;
+  using Factor = Vec;
+  static constexpr int kPhases = 1;
+  static Factor row(const float* a, int) { return Vec::load(a); }
+  static Factor col(const Scalar* b, int) { return Vec::set1(*b); }
+  static Vec multiply_add(Factor row, Factor col, Vec c) { return fma(row, col, c); }
+};
+
+struct NoStep {
+  void operator()(int64_t) const {}
+};
+
 // kVecs vectors of rows by kCols columns. init(col, vec) gives the accumulator's start, done(col, vec, value) takes
-// the result: both are inlined, which is where masks, biases and rescaling attach without touching this loop.
-template <class Vec, int kVecs, int kCols, class Init, class Done>
-inline __attribute__((always_inline)) void tile_gemm(const float* a, int64_t lda, const float* b, int64_t b_col,
-                                                     int64_t b_depth, int64_t depth, Init&& init, Done&& done) {
+// the result, step(i) runs before step i: all are inlined, which is where masks, biases, rescaling and prefetching
+// attach without touching this loop.
+template <class Vec, int kVecs, int kCols, class Product = FmaProduct<Vec>, class Init, class Done, class Step = NoStep>
+inline __attribute__((always_inline)) void tile_gemm(const float* a, int64_t lda, const typename Product::Scalar* b,
+                                                     int64_t b_col, int64_t b_depth, int64_t depth, Init&& init,
+                                                     Done&& done, Step&& step = Step{}) {
   Vec c[kCols][kVecs];
 #pragma GCC unroll 16
   for (int col = 0; col < kCols; ++col)
 #pragma GCC unroll 8
     for (int vec = 0; vec < kVecs; ++vec) c[col][vec] = init(col, vec);
   for (int64_t i = 0; i < depth; ++i) {
-    Vec row[kVecs];
+    step(i);
+#pragma GCC unroll 2
+    for (int phase = 0; phase < Product::kPhases; ++phase) {
+      typename Product::Factor row[kVecs];
 #pragma GCC unroll 8
-    for (int vec = 0; vec < kVecs; ++vec) row[vec] = Vec::load(a + vec * Vec::kLanes);
+      for (int vec = 0; vec < kVecs; ++vec) row[vec] = Product::row(a + vec * Vec::kLanes, phase);
 #pragma GCC unroll 16
-    for (int col = 0; col < kCols; ++col) {
-      const Vec scalar = Vec::set1(b[col * b_col]);
+      for (int col = 0; col < kCols; ++col) {
+        const typename Product::Factor scalar = Product::col(b + col * b_col, phase);
 #pragma GCC unroll 8
-      for (int vec = 0; vec < kVecs; ++vec) c[col][vec] = fma(row[vec], scalar, c[col][vec]);
+        for (int vec = 0; vec < kVecs; ++vec) c[col][vec] = Product::multiply_add(row[vec], scalar, c[col][vec]);
+      }
     }
     a += lda;
     b += b_depth;

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -118,6 +118,59 @@ def append_kv(args: KVAppendArgs) -> tuple[Tensor, Tensor]:
         torch.get_num_threads(),
     )
     return q_out, args.cache_seqlens if args.k is None else args.cache_seqlens + k.shape[1]
+
+
+class PackedWeights(NamedTuple):
+    """A linear layer's weights and bias in the order of one ISA's kernel; csrc/cpu/linear_pack.h."""
+
+    data: Tensor
+    address: int
+    isa: str
+    in_features: int
+    out_features: int
+    dtype: int
+
+
+def pack_linear(weight: Tensor, bias: Tensor | None) -> PackedWeights:
+    """``weight (out_features, in_features)`` float32 or bfloat16, ``bias (out_features,)`` float32."""
+    weight = _unit_stride(weight)
+    bias = None if bias is None else bias.contiguous()
+    out_features, in_features = weight.shape
+    dtype = _DTYPES[weight.dtype]
+    data = torch.empty(_C.packed_linear_floats(in_features, out_features, dtype), dtype=torch.float32)
+    _C.pack_linear(
+        weight.data_ptr(),
+        weight.stride(0),
+        0 if bias is None else bias.data_ptr(),
+        data.data_ptr(),
+        in_features,
+        out_features,
+        dtype,
+        torch.get_num_threads(),
+    )
+    return PackedWeights(data, data.data_ptr(), _C.isa(), in_features, out_features, dtype)
+
+
+def linear(packed: PackedWeights, x: Tensor) -> Tensor:
+    """``x (tokens, in_features)`` float32 to ``(tokens, out_features)`` float32."""
+    x = _unit_stride(x)
+    _, weights, isa, in_features, out_features, dtype = packed
+    tokens = x.size(0)
+    out = torch.empty((tokens, out_features), dtype=torch.float32)
+    _C.linear(
+        x.data_ptr(),
+        x.stride(0),
+        weights,
+        isa,
+        out.data_ptr(),
+        out_features,
+        tokens,
+        in_features,
+        out_features,
+        dtype,
+        torch.get_num_threads(),
+    )
+    return out
 
 
 def _unit_stride(x: Tensor) -> Tensor:

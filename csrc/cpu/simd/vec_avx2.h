@@ -35,6 +35,13 @@ struct VecAvx2 {
     memcpy(padded, p, static_cast<size_t>(n) * sizeof(T));
     return load(padded);
   }
+  // The even and the odd halves of 2 * kLanes bf16, held as pairs in 32-bit words.
+  static VecAvx2 even_bf16(VecAvx2 words) {
+    return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(words.r), 16))};
+  }
+  static VecAvx2 odd_bf16(VecAvx2 words) {
+    return {_mm256_and_ps(words.r, _mm256_castsi256_ps(_mm256_set1_epi32(-0x10000)))};
+  }
   void store(float* p) const { _mm256_storeu_ps(p, r); }
   void store(bf16_t* p) const { _mm_storeu_si128((__m128i*)p, narrow_bf16(r)); }
   void store(f16_t* p) const { _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph(r, _MM_FROUND_TO_NEAREST_INT)); }

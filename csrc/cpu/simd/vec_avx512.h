@@ -30,6 +30,13 @@ struct VecAvx512 {
   static VecAvx512 load_n(const float* p, int n) { return {_mm512_maskz_loadu_ps(first_n(n), p)}; }
   static VecAvx512 load_n(const bf16_t* p, int n) { return widen_bf16(_mm256_maskz_loadu_epi16(first_n(n), p)); }
   static VecAvx512 load_n(const f16_t* p, int n) { return {_mm512_cvtph_ps(_mm256_maskz_loadu_epi16(first_n(n), p))}; }
+  // The even and the odd halves of 2 * kLanes bf16, held as pairs in 32-bit words.
+  static VecAvx512 even_bf16(VecAvx512 words) {
+    return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_castps_si512(words.r), 16))};
+  }
+  static VecAvx512 odd_bf16(VecAvx512 words) {
+    return {_mm512_and_ps(words.r, _mm512_castsi512_ps(_mm512_set1_epi32(-0x10000)))};
+  }
   void store(float* p) const { _mm512_storeu_ps(p, r); }
   void store(bf16_t* p) const { _mm256_storeu_si256((__m256i*)p, narrow_bf16(r)); }
   void store(f16_t* p) const { _mm256_storeu_si256((__m256i*)p, narrow_f16(r)); }

@@ -38,6 +38,13 @@ struct VecNeon {
     memcpy(padded, p, static_cast<size_t>(n) * sizeof(T));
     return load(padded);
   }
+  // The even and the odd halves of 2 * kLanes bf16, held as pairs in 32-bit words.
+  static VecNeon even_bf16(VecNeon words) {
+    return {vreinterpretq_f32_u32(vshlq_n_u32(vreinterpretq_u32_f32(words.r), 16))};
+  }
+  static VecNeon odd_bf16(VecNeon words) {
+    return {vreinterpretq_f32_u32(vandq_u32(vreinterpretq_u32_f32(words.r), vdupq_n_u32(0xffff0000u)))};
+  }
   void store(float* p) const { vst1q_f32(p, r); }
   void store(bf16_t* p) const {  // to nearest, ties to even; NaN stays a quiet NaN
     const uint32x4_t bits = vreinterpretq_u32_f32(r);

@@ -101,6 +101,11 @@ struct VecScalar {
     for (int i = 0; i < n; ++i) v.r[i] = to_float(p[i]);
     return v;
   }
+  // The even and the odd halves of 2 * kLanes bf16, held as pairs in 32-bit words.
+  static VecScalar even_bf16(VecScalar words) { return {reinterpret_cast<Reg>(reinterpret_cast<Int>(words.r) << 16)}; }
+  static VecScalar odd_bf16(VecScalar words) {
+    return {reinterpret_cast<Reg>(reinterpret_cast<Int>(words.r) & -0x10000)};
+  }
   void store(float* p) const { memcpy(p, &r, sizeof r); }
   template <class T>
   void store(T* p) const {
