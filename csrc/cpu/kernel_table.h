@@ -9,6 +9,7 @@ struct KernelTable {
   const char* name;
   void (*attention_forward)(const AttentionParams&);
   void (*append_kv)(const KVAppendParams&);
+  void (*sample)(const SamplingParams&);
 };
 
 }  // namespace fastattn
