@@ -113,6 +113,41 @@ void linear(uintptr_t x, int64_t stride_x, uintptr_t weights, const char* isa, u
   table.linear(p);
 }
 
+// A parameter of sample: a number for all rows, or (address,) of one per row. `number` must outlive the call.
+template <class T>
+PerRow<T> per_row(const py::object& value, T* number) {
+  if (py::isinstance<py::tuple>(value)) return {pointer<const T>(value.cast<py::tuple>()[0].cast<uintptr_t>()), 1};
+  *number = value.cast<T>();
+  return {number, 0};
+}
+
+// The first row whose token is a -SamplingError, or -1.
+int64_t sample(uintptr_t logits, int64_t stride_batch, int64_t batch, int64_t vocab, int dtype,
+               const py::object& temperature, const py::object& top_k, const py::object& top_p, const py::object& min_p,
+               const py::object& seeds, const py::object& positions, uintptr_t tokens, int nthreads) {
+  double reals[3];
+  int64_t integers[3];
+  SamplingParams p{};
+  p.logits = pointer<const void>(logits);
+  p.stride_batch = stride_batch;
+  p.temperature = per_row(temperature, &reals[0]);
+  p.top_p = per_row(top_p, &reals[1]);
+  p.min_p = per_row(min_p, &reals[2]);
+  p.top_k = per_row(top_k, &integers[0]);
+  p.seeds = per_row(seeds, &integers[1]);
+  p.positions = per_row(positions, &integers[2]);
+  p.tokens = pointer<int64_t>(tokens);
+  p.batch = batch;
+  p.vocab = vocab;
+  p.dtype = static_cast<DType>(dtype);
+  p.nthreads = nthreads;
+  py::gil_scoped_release release;
+  kernels().sample(p);
+  for (int64_t row = 0; row < batch; ++row)
+    if (p.tokens[row] < 0) return row;
+  return -1;
+}
+
 py::list isas() {
   py::list names;
   for (const KernelTable* table : supported_kernels()) names.append(table->name);
@@ -133,4 +168,13 @@ PYBIND11_MODULE(_C, m) {
   m.def("packed_linear_floats", &packed_linear_floats);
   m.def("pack_linear", &pack_linear);
   m.def("linear", &linear);
+  m.def("sample", &sample);
+  m.def("fma_loop", [](int64_t iterations, int nthreads) {
+    py::gil_scoped_release release;
+    return kernels().fma_loop(iterations, nthreads);
+  });
+  m.def("read_loop", [](uintptr_t data, int64_t floats, int nthreads) {
+    py::gil_scoped_release release;
+    return kernels().read_loop(pointer<const float>(data), floats, nthreads);
+  });
 }

@@ -78,22 +78,32 @@ struct PackLinearParams {
   int nthreads;
 };
 
+// One value per row, or one for all rows (stride 0).
+template <class T>
+struct PerRow {
+  const T* data;
+  int64_t stride;
+
+  T operator[](int64_t row) const { return data[row * stride]; }
+};
+
 struct SamplingParams {
-  const void* logits;  // (batch, vocab), unit stride along vocab
+  const void* logits;  // (batch, vocab), unit stride along vocab; vocab <= kMaxVocab
   int64_t stride_batch;
-  const float* temperature;  // (batch,) each
-  const int32_t* top_k;
-  const float* top_p;
-  const float* min_p;
-  const uint64_t* seeds;
-  const int64_t* positions;
-  int64_t* tokens;  // (batch,) out
-  int32_t* status;  // (batch,) out, a SamplingStatus
+  PerRow<double> temperature;  // >= 0, 0 = greedy, inf = uniform
+  PerRow<int64_t> top_k;       // <= 0 = off
+  PerRow<double> top_p;        // in [0, 1], 1 = off
+  PerRow<double> min_p;        // in [0, 1], 0 = off
+  PerRow<int64_t> seeds;       // the 64 bits of the key
+  PerRow<int64_t> positions;
+  int64_t* tokens;  // (batch,) out: a token, or -SamplingError of a row that has none
   int64_t batch, vocab;
   DType dtype;
   int nthreads;
 };
 
-enum SamplingStatus : int32_t { kSampled = 0, kHasNaN = 1, kHasInf = 2, kNothingFinite = 3 };
+enum SamplingError : int64_t { kHasNaN = 1, kHasInf = 2, kNothingFinite = 3 };
+
+constexpr int64_t kMaxVocab = int64_t{1} << 22;  // so that the mass of a row fits 64 bits: sampling_filters.h
 
 }  // namespace fastattn

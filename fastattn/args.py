@@ -5,7 +5,7 @@ Everything here has been checked (``checks.py``): a backend may trust shapes, dt
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from torch import Tensor
 
@@ -74,16 +74,16 @@ class KVAppendArgs:
 
 @dataclass(frozen=True, slots=True)
 class SamplingArgs:
-    """One draw per row; every parameter is already a contiguous (batch,) tensor on the logits' device."""
+    """One draw per row. A parameter is a number for all rows, or a contiguous (batch,) tensor beside the logits."""
 
     logits: Tensor  # (batch, vocab), stride(-1) == 1
-    temperature: Tensor  # (batch,) float32, 0 = greedy
-    top_k: Tensor  # (batch,) int32, 0 = off
-    top_p: Tensor  # (batch,) float32, 1 = off
-    min_p: Tensor  # (batch,) float32, 0 = off
-    seeds: Tensor  # (batch,) int64, read as unsigned 64-bit
-    positions: Tensor  # (batch,) int64
-    extra_features: frozenset[str] = field(default_factory=frozenset)
+    temperature: float | Tensor  # float64, 0 = greedy, inf = uniform
+    top_k: int | Tensor  # int64, 0 and -1 = off
+    top_p: float | Tensor  # float64, 1 = off
+    min_p: float | Tensor  # float64, 0 = off
+    seeds: int | Tensor  # int64, the key's 64 bits
+    positions: int | Tensor  # int64
+    extra_features: frozenset[str] = frozenset()
 
     def features(self) -> frozenset[str]:
         """Names of what this call needs beyond temperature, top_k, top_p and min_p."""

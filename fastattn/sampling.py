@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -13,6 +14,8 @@ from fastattn.backends import resolve
 from fastattn.checks import Shapes, check_dtype
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+_INT64_MIN, _INT64_MAX = -(2**63), 2**63 - 1
 
 # Not built yet: named, so that a call that needs one is refused by name and never ignored.
 _LATER: dict[str, Any] = {
@@ -47,12 +50,12 @@ def sample(
 
     Args:
         logits: (batch, vocab) float32, bfloat16, float16 or float64; any row stride. -inf is never drawn.
-        temperature: number or (batch,) tensor, >= 0; 0 is greedy (lowest id among equal maxima).
-        top_k: number or (batch,); keep exactly min(top_k, finite) tokens; 0 and -1 = off.
+        temperature: number or (batch,) tensor, >= 0; 0 is greedy (lowest id among equal maxima), inf is uniform.
+        top_k: integer or (batch,); keep exactly min(top_k, finite) tokens; 0 and -1 = off.
         top_p: number or (batch,), in [0, 1]; keep the shortest prefix whose mass is >= top_p; 1 = off.
         min_p: number or (batch,), in [0, 1]; keep tokens with p >= min_p * max p; 0 = off.
-        seeds: number or (batch,) int64; None draws fresh seeds from torch's global generator.
-        positions: number or (batch,) int64, the index of the token being drawn in its own sequence; default 0.
+        seeds: integer or (batch,), 64 bits; rows that share seed and position share their noise. None draws fresh seeds from torch's global generator.
+        positions: integer or (batch,), the index of the token being drawn in its own sequence; default 0.
         backend: "auto", or a name of ``available_backends()``, which then does it or raises.
         later: the remaining keywords of SEMANTICS section 3; a value other than the default is refused by name.
 
@@ -70,42 +73,57 @@ def sample(
     if vocab == 0:
         raise ValueError(f"logits: expected at least one column, got {tuple(logits.shape)}")
     if seeds is None:
-        seeds = torch.randint(-(2**63), 2**63 - 1, (batch,), dtype=torch.int64).to(logits.device)
+        seeds = torch.empty(batch, dtype=torch.int64).random_(-(2**63), None).to(logits.device)
     args = SamplingArgs(
         logits=logits if logits.stride(1) == 1 or vocab == 1 else logits.contiguous(),
-        temperature=_per_row("temperature", temperature, logits, torch.float32, 0.0, math.inf),
-        top_k=_per_row("top_k", top_k, logits, torch.int32, -1, 2**31 - 1).clamp_(min=0),
-        top_p=_per_row("top_p", top_p, logits, torch.float32, 0.0, 1.0),
-        min_p=_per_row("min_p", min_p, logits, torch.float32, 0.0, 1.0),
-        seeds=_per_row("seeds", seeds, logits, torch.int64, -(2**63), 2**63 - 1),
-        positions=_per_row("positions", 0 if positions is None else positions, logits, torch.int64, 0, 2**63 - 1),
-        extra_features=_extra_features(later),
+        temperature=_real("temperature", temperature, logits, math.inf),
+        top_k=_integer("top_k", top_k, logits, -1),
+        top_p=_real("top_p", top_p, logits, 1.0),
+        min_p=_real("min_p", min_p, logits, 1.0),
+        seeds=_integer("seeds", seeds, logits, _INT64_MIN),
+        positions=0 if positions is None else _integer("positions", positions, logits, 0),
+        extra_features=_extra_features(later) if later else frozenset(),
     )
     return resolve(backend, args).sample(args)
 
 
+def _real(name: str, value: float | Tensor, logits: Tensor, high: float) -> float | Tensor:
+    """``value`` in [0, high] as a float or a contiguous (batch,) float64 tensor."""
+    if isinstance(value, Tensor):
+        return _per_row(name, value, logits, torch.float64, 0.0, high)
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name}: expected a number or a (batch,) tensor, got {type(value).__name__}")
+    if not 0.0 <= value <= high:
+        raise ValueError(f"{name}: expected a number in [0.0, {high}], got {value}")
+    return float(value)
+
+
+def _integer(name: str, value: int | Tensor, logits: Tensor, low: int) -> int | Tensor:
+    """``value`` in [low, 2^63 - 1] as an int or a contiguous (batch,) int64 tensor."""
+    if isinstance(value, Tensor):
+        return _per_row(name, value, logits, torch.int64, low, _INT64_MAX)
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise TypeError(f"{name}: expected an integer or a (batch,) tensor, got {type(value).__name__}")
+    if not low <= value <= _INT64_MAX:
+        raise ValueError(f"{name}: expected an integer in [{low}, {_INT64_MAX}], got {value}")
+    return int(value)
+
+
 def _per_row(
-    name: str, value: float | Tensor, logits: Tensor, dtype: torch.dtype, low: float, high: float
+    name: str, value: Tensor, logits: Tensor, dtype: torch.dtype, low: float, high: float
 ) -> Tensor:
-    """``value`` as an own, contiguous (batch,) tensor, checked against [low, high]."""
-    batch = logits.shape[0]
-    if not isinstance(value, Tensor):
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise TypeError(f"{name}: expected a number or a (batch,) tensor, got {type(value).__name__}")
-        if not low <= value <= high or (not dtype.is_floating_point and value != int(value)):
-            kind = "a number" if dtype.is_floating_point else "an integer"
-            raise ValueError(f"{name}: expected {kind} in [{low}, {high}], got {value}")
-        return torch.full((batch,), value, dtype=dtype, device=logits.device)
-    Shapes(batch=batch).match(name, value, "batch")
+    """``value`` as a contiguous (batch,) tensor, checked against [low, high]."""
+    Shapes(batch=logits.shape[0]).match(name, value, "batch")
     if value.device != logits.device:
         raise ValueError(f"{name}: expected the device of logits, {logits.device}, got {value.device}")
-    if not dtype.is_floating_point and (value.is_floating_point() or value.dtype == torch.bool):
-        raise TypeError(f"{name}: expected an integer dtype, got {value.dtype}")
+    if value.dtype == torch.bool or (not dtype.is_floating_point and value.is_floating_point()):
+        expected = "a number" if dtype.is_floating_point else "an integer"
+        raise TypeError(f"{name}: expected {expected} dtype, got {value.dtype}")
     outside = ~((value >= low) & (value <= high))  # (batch,); NaN is outside
     if bool(outside.any()):
         row = int(outside.nonzero()[0])
         raise ValueError(f"{name}: expected values in [{low}, {high}], got {value[row].item()} in row {row}")
-    return value.to(dtype, copy=True).contiguous()
+    return value.to(dtype).contiguous()
 
 
 def _extra_features(later: dict[str, Any]) -> frozenset[str]:

@@ -29,6 +29,8 @@ if _C is not None:
         _ISA_ERROR = str(error)
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # csrc/params.h, DType
+_MAX_VOCAB = 1 << 22  # csrc/params.h, kMaxVocab
+_SAMPLING_ERRORS = {1: "has NaN", 2: "has +inf", 3: "has no finite logit"}  # csrc/params.h, SamplingError
 
 
 def cpu_isas() -> list[str]:
@@ -61,6 +63,8 @@ def supports(args: AttentionArgs | KVAppendArgs | SamplingArgs) -> str | None:
         return f"lacks device '{tensor.device.type}'"
     if tensor.dtype not in _DTYPES:
         return f"lacks dtype '{str(tensor.dtype).removeprefix('torch.')}'"
+    if tensor is getattr(args, "logits", None) and tensor.shape[1] > _MAX_VOCAB:
+        return f"lacks vocabularies above {_MAX_VOCAB}"
     lacking = sorted(getattr(args, "features", frozenset)() - FEATURES)
     return f"lacks {', '.join(map(repr, lacking))}" if lacking else None
 
@@ -171,6 +175,35 @@ def linear(packed: PackedWeights, x: Tensor) -> Tensor:
         torch.get_num_threads(),
     )
     return out
+
+
+def sample(args: SamplingArgs) -> Tensor:
+    """One token per row, (batch,) int64."""
+    logits = args.logits
+    batch, vocab = logits.shape
+    tokens = torch.empty(batch, dtype=torch.int64)
+    failed = _C.sample(
+        logits.data_ptr(),
+        logits.stride(0),
+        batch,
+        vocab,
+        _DTYPES[logits.dtype],
+        _number_or_address(args.temperature),
+        _number_or_address(args.top_k),
+        _number_or_address(args.top_p),
+        _number_or_address(args.min_p),
+        _number_or_address(args.seeds),
+        _number_or_address(args.positions),
+        tokens.data_ptr(),
+        torch.get_num_threads(),
+    )
+    if failed >= 0:
+        raise ValueError(f"logits: row {failed} {_SAMPLING_ERRORS[-int(tokens[failed])]}")
+    return tokens
+
+
+def _number_or_address(value: float | Tensor) -> float | tuple[int]:
+    return (value.data_ptr(),) if isinstance(value, Tensor) else value
 
 
 def _unit_stride(x: Tensor) -> Tensor:

@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <cstring>
 
+#include "cpu/simd/compress.h"
 #include "params.h"
 
 namespace fastattn {
@@ -21,6 +22,11 @@ struct VecAvx2 {
     __m256 m;
   };
   __m256 r;
+
+  // Integers and doubles as wide as a Vec, in the compiler's vector types: their + - * ^ & << >> need no verbs.
+  typedef uint32_t U32 __attribute__((vector_size(32)));  // kLanes
+  typedef uint64_t U64 __attribute__((vector_size(32)));  // kLanes / 2
+  typedef double F64 __attribute__((vector_size(32)));    // kLanes / 2
 
   static VecAvx2 set1(float x) { return {_mm256_set1_ps(x)}; }
   static VecAvx2 zero() { return {_mm256_setzero_ps()}; }
@@ -61,6 +67,10 @@ struct VecAvx2 {
   friend VecAvx2 max(VecAvx2 a, VecAvx2 b) { return {_mm256_max_ps(a.r, b.r)}; }  // b where either is NaN
   friend VecAvx2 min(VecAvx2 a, VecAvx2 b) { return {_mm256_min_ps(a.r, b.r)}; }
   friend Mask operator<(VecAvx2 a, VecAvx2 b) { return {_mm256_cmp_ps(a.r, b.r, _CMP_LT_OQ)}; }
+  friend Mask operator<=(VecAvx2 a, VecAvx2 b) { return {_mm256_cmp_ps(a.r, b.r, _CMP_LE_OQ)}; }
+  friend Mask either_nan(VecAvx2 a, VecAvx2 b) { return {_mm256_cmp_ps(a.r, b.r, _CMP_UNORD_Q)}; }
+  friend Mask operator|(Mask a, Mask b) { return {_mm256_or_ps(a.m, b.m)}; }
+  friend uint32_t lane_bits(Mask m) { return static_cast<uint32_t>(_mm256_movemask_ps(m.m)); }
   friend VecAvx2 select(Mask m, VecAvx2 a, VecAvx2 b) { return {_mm256_blendv_ps(b.r, a.r, m.m)}; }
 
   friend VecAvx2 round(VecAvx2 x) { return {_mm256_round_ps(x.r, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
@@ -76,6 +86,26 @@ struct VecAvx2 {
     return _mm_cvtss_f32(_mm_max_ss(x, _mm_movehdup_ps(x)));
   }
   friend float first(VecAvx2 v) { return _mm256_cvtss_f32(v.r); }
+
+  friend U32 as_bits(VecAvx2 v) { return reinterpret_cast<U32>(v.r); }
+  static VecAvx2 from_int(U32 x) { return {_mm256_cvtepi32_ps(reinterpret_cast<__m256i>(x))}; }  // signed
+  friend F64 widen_low(VecAvx2 v) { return _mm256_cvtps_pd(_mm256_castps256_ps128(v.r)); }
+  friend F64 widen_high(VecAvx2 v) { return _mm256_cvtps_pd(_mm256_extractf128_ps(v.r, 1)); }
+  static U64 mul_low32(U64 a, U64 b) {  // the full products of the low halves
+    return reinterpret_cast<U64>(_mm256_mul_epu32(reinterpret_cast<__m256i>(a), reinterpret_cast<__m256i>(b)));
+  }
+  static U64 even_pairs(U64 a, U64 b) {  // a0 b0 a2 b2
+    return reinterpret_cast<U64>(_mm256_unpacklo_epi64(reinterpret_cast<__m256i>(a), reinterpret_cast<__m256i>(b)));
+  }
+  static U64 odd_pairs(U64 a, U64 b) {  // a1 b1 a3 b3
+    return reinterpret_cast<U64>(_mm256_unpackhi_epi64(reinterpret_cast<__m256i>(a), reinterpret_cast<__m256i>(b)));
+  }
+  // Packs the chosen lanes of x and their ids (first_id + lane) to the front; returns how many. May write kLanes.
+  static int compress(Mask m, VecAvx2 x, int32_t first_id, float* values, int32_t* ids) {
+    float lanes[kLanes];
+    x.store(lanes);
+    return compress_lanes(lane_bits(m), lanes, first_id, values, ids);
+  }
 
   // rows[i][j] <-> rows[j][i], as three rounds of pairwise interleaving: 32, 64 and 128 bits.
   static void transpose(VecAvx2 (&rows)[kLanes]) {

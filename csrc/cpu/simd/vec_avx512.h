@@ -21,6 +21,11 @@ struct VecAvx512 {
   };
   __m512 r;
 
+  // Integers and doubles as wide as a Vec, in the compiler's vector types: their + - * ^ & << >> need no verbs.
+  typedef uint32_t U32 __attribute__((vector_size(64)));  // kLanes
+  typedef uint64_t U64 __attribute__((vector_size(64)));  // kLanes / 2
+  typedef double F64 __attribute__((vector_size(64)));    // kLanes / 2
+
   static VecAvx512 set1(float x) { return {_mm512_set1_ps(x)}; }
   static VecAvx512 zero() { return {_mm512_setzero_ps()}; }
 
@@ -52,6 +57,10 @@ struct VecAvx512 {
   friend VecAvx512 max(VecAvx512 a, VecAvx512 b) { return {_mm512_max_ps(a.r, b.r)}; }  // b where either is NaN
   friend VecAvx512 min(VecAvx512 a, VecAvx512 b) { return {_mm512_min_ps(a.r, b.r)}; }
   friend Mask operator<(VecAvx512 a, VecAvx512 b) { return {_mm512_cmp_ps_mask(a.r, b.r, _CMP_LT_OQ)}; }
+  friend Mask operator<=(VecAvx512 a, VecAvx512 b) { return {_mm512_cmp_ps_mask(a.r, b.r, _CMP_LE_OQ)}; }
+  friend Mask either_nan(VecAvx512 a, VecAvx512 b) { return {_mm512_cmp_ps_mask(a.r, b.r, _CMP_UNORD_Q)}; }
+  friend Mask operator|(Mask a, Mask b) { return {static_cast<__mmask16>(a.m | b.m)}; }
+  friend uint32_t lane_bits(Mask m) { return m.m; }
   friend VecAvx512 select(Mask m, VecAvx512 a, VecAvx512 b) { return {_mm512_mask_blend_ps(m.m, b.r, a.r)}; }
 
   friend VecAvx512 round(VecAvx512 x) {
@@ -61,6 +70,27 @@ struct VecAvx512 {
   friend VecAvx512 ldexp(VecAvx512 x, VecAvx512 n) { return {_mm512_scalef_ps(x.r, n.r)}; }
   friend float reduce_max(VecAvx512 v) { return _mm512_reduce_max_ps(v.r); }
   friend float first(VecAvx512 v) { return _mm512_cvtss_f32(v.r); }
+
+  friend U32 as_bits(VecAvx512 v) { return reinterpret_cast<U32>(v.r); }
+  static VecAvx512 from_int(U32 x) { return {_mm512_cvtepi32_ps(reinterpret_cast<__m512i>(x))}; }  // signed
+  friend F64 widen_low(VecAvx512 v) { return _mm512_cvtps_pd(_mm512_castps512_ps256(v.r)); }
+  friend F64 widen_high(VecAvx512 v) { return _mm512_cvtps_pd(_mm512_extractf32x8_ps(v.r, 1)); }
+  static U64 mul_low32(U64 a, U64 b) {  // the full products of the low halves
+    return reinterpret_cast<U64>(_mm512_mul_epu32(reinterpret_cast<__m512i>(a), reinterpret_cast<__m512i>(b)));
+  }
+  static U64 even_pairs(U64 a, U64 b) {  // a0 b0 a2 b2 ...
+    return reinterpret_cast<U64>(_mm512_unpacklo_epi64(reinterpret_cast<__m512i>(a), reinterpret_cast<__m512i>(b)));
+  }
+  static U64 odd_pairs(U64 a, U64 b) {  // a1 b1 a3 b3 ...
+    return reinterpret_cast<U64>(_mm512_unpackhi_epi64(reinterpret_cast<__m512i>(a), reinterpret_cast<__m512i>(b)));
+  }
+  // Packs the chosen lanes of x and their ids (first_id + lane) to the front; returns how many. May write kLanes.
+  static int compress(Mask m, VecAvx512 x, int32_t first_id, float* values, int32_t* ids) {
+    const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    _mm512_storeu_ps(values, _mm512_maskz_compress_ps(m.m, x.r));
+    _mm512_storeu_si512(ids, _mm512_maskz_compress_epi32(m.m, _mm512_add_epi32(lanes, _mm512_set1_epi32(first_id))));
+    return __builtin_popcount(m.m);
+  }
 
   // rows[i][j] <-> rows[j][i], as four rounds of pairwise interleaving: 32, 64, 128 and 256 bits.
   static void transpose(VecAvx512 (&rows)[kLanes]) {

@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <cstring>
 
+#include "cpu/simd/compress.h"
 #include "params.h"
 
 namespace fastattn {
@@ -21,6 +22,11 @@ struct VecNeon {
     uint32x4_t m;
   };
   float32x4_t r;
+
+  // Integers and doubles as wide as a Vec, in the compiler's vector types: their + - * ^ & << >> need no verbs.
+  typedef uint32_t U32 __attribute__((vector_size(16)));  // kLanes
+  typedef uint64_t U64 __attribute__((vector_size(16)));  // kLanes / 2
+  typedef double F64 __attribute__((vector_size(16)));    // kLanes / 2
 
   static VecNeon set1(float x) { return {vdupq_n_f32(x)}; }
   static VecNeon zero() { return set1(0.0f); }
@@ -70,6 +76,15 @@ struct VecNeon {
   friend VecNeon max(VecNeon a, VecNeon b) { return {vbslq_f32(vcgtq_f32(a.r, b.r), a.r, b.r)}; }
   friend VecNeon min(VecNeon a, VecNeon b) { return {vbslq_f32(vcltq_f32(a.r, b.r), a.r, b.r)}; }
   friend Mask operator<(VecNeon a, VecNeon b) { return {vcltq_f32(a.r, b.r)}; }
+  friend Mask operator<=(VecNeon a, VecNeon b) { return {vcleq_f32(a.r, b.r)}; }
+  friend Mask either_nan(VecNeon a, VecNeon b) {
+    return {vmvnq_u32(vandq_u32(vceqq_f32(a.r, a.r), vceqq_f32(b.r, b.r)))};
+  }
+  friend Mask operator|(Mask a, Mask b) { return {vorrq_u32(a.m, b.m)}; }
+  friend uint32_t lane_bits(Mask m) {
+    const uint32_t weights[kLanes] = {1, 2, 4, 8};
+    return vaddvq_u32(vandq_u32(m.m, vld1q_u32(weights)));
+  }
   friend VecNeon select(Mask m, VecNeon a, VecNeon b) { return {vbslq_f32(m.m, a.r, b.r)}; }
 
   friend VecNeon round(VecNeon x) { return {vrndnq_f32(x.r)}; }
@@ -80,6 +95,23 @@ struct VecNeon {
   }
   friend float reduce_max(VecNeon v) { return vmaxvq_f32(v.r); }
   friend float first(VecNeon v) { return vgetq_lane_f32(v.r, 0); }
+
+  friend U32 as_bits(VecNeon v) { return reinterpret_cast<U32>(v.r); }
+  static VecNeon from_int(U32 x) { return {vcvtq_f32_s32(reinterpret_cast<int32x4_t>(x))}; }  // signed
+  friend F64 widen_low(VecNeon v) { return reinterpret_cast<F64>(vcvt_f64_f32(vget_low_f32(v.r))); }
+  friend F64 widen_high(VecNeon v) { return reinterpret_cast<F64>(vcvt_high_f64_f32(v.r)); }
+  static U64 mul_low32(U64 a, U64 b) {  // the full products of the low halves
+    const uint32x2_t x = vmovn_u64(reinterpret_cast<uint64x2_t>(a)), y = vmovn_u64(reinterpret_cast<uint64x2_t>(b));
+    return reinterpret_cast<U64>(vmull_u32(x, y));
+  }
+  static U64 even_pairs(U64 a, U64 b) { return U64{a[0], b[0]}; }
+  static U64 odd_pairs(U64 a, U64 b) { return U64{a[1], b[1]}; }
+  // Packs the chosen lanes of x and their ids (first_id + lane) to the front; returns how many. May write kLanes.
+  static int compress(Mask m, VecNeon x, int32_t first_id, float* values, int32_t* ids) {
+    float lanes[kLanes];
+    x.store(lanes);
+    return compress_lanes(lane_bits(m), lanes, first_id, values, ids);
+  }
 
   // rows[i][j] <-> rows[j][i]
   static void transpose(VecNeon (&rows)[kLanes]) {

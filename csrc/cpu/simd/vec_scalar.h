@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <cstring>
 
+#include "cpu/simd/compress.h"
 #include "params.h"
 
 namespace fastattn {
@@ -83,6 +84,11 @@ struct VecScalar {
   };
   Reg r;
 
+  // Integers and doubles as wide as a Vec, in the compiler's vector types: their + - * ^ & << >> need no verbs.
+  typedef uint32_t U32 __attribute__((vector_size(16)));  // kLanes
+  typedef uint64_t U64 __attribute__((vector_size(16)));  // kLanes / 2
+  typedef double F64 __attribute__((vector_size(16)));    // kLanes / 2
+
   static VecScalar set1(float x) { return {Reg{x, x, x, x}}; }
   static VecScalar zero() { return set1(0.0f); }
 
@@ -124,6 +130,13 @@ struct VecScalar {
   friend VecScalar max(VecScalar a, VecScalar b) { return {a.r > b.r ? a.r : b.r}; }         // b where either is NaN
   friend VecScalar min(VecScalar a, VecScalar b) { return {a.r < b.r ? a.r : b.r}; }
   friend Mask operator<(VecScalar a, VecScalar b) { return {a.r < b.r}; }
+  friend Mask operator<=(VecScalar a, VecScalar b) { return {a.r <= b.r}; }
+  friend Mask either_nan(VecScalar a, VecScalar b) { return {(a.r != a.r) | (b.r != b.r)}; }
+  friend Mask operator|(Mask a, Mask b) { return {a.m | b.m}; }
+  friend uint32_t lane_bits(Mask m) {  // bit i is lane i
+    const Int weighted = m.m & Int{1, 2, 4, 8};
+    return static_cast<uint32_t>(weighted[0] | weighted[1] | weighted[2] | weighted[3]);
+  }
   friend VecScalar select(Mask m, VecScalar a, VecScalar b) { return {m.m ? a.r : b.r}; }
 
   // Nearest integer for |x| < 2^22.
@@ -144,6 +157,21 @@ struct VecScalar {
     return a > b ? a : b;
   }
   friend float first(VecScalar v) { return v.r[0]; }
+
+  friend U32 as_bits(VecScalar v) { return reinterpret_cast<U32>(v.r); }
+  static VecScalar from_int(U32 x) { return {__builtin_convertvector(reinterpret_cast<Int>(x), Reg)}; }  // signed
+  friend F64 widen_low(VecScalar v) { return F64{v.r[0], v.r[1]}; }
+  friend F64 widen_high(VecScalar v) { return F64{v.r[2], v.r[3]}; }
+  static U64 mul_low32(U64 a, U64 b) { return (a & 0xffffffffu) * (b & 0xffffffffu); }  // products of the low halves
+  static U64 even_pairs(U64 a, U64 b) { return U64{a[0], b[0]}; }                       // a0 b0
+  static U64 odd_pairs(U64 a, U64 b) { return U64{a[1], b[1]}; }                        // a1 b1
+  // Packs the chosen lanes of x and their ids (first_id + lane) to the front; returns how many. May write kLanes.
+  static int compress(Mask m, VecScalar x, int32_t first_id, float* values, int32_t* ids) {
+    float lanes[kLanes];
+    x.store(lanes);
+    return compress_lanes(lane_bits(m), lanes, first_id, values, ids);
+  }
+
   // rows[i][j] <-> rows[j][i]
   static void transpose(VecScalar (&rows)[kLanes]) {
     for (int i = 0; i < kLanes; ++i)

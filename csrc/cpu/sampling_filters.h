@@ -1,0 +1,272 @@
+// The filters, each reduced to a Cut of the total order, without sorting.
+//
+// Probability mass is counted in integers: a token weighs round(2^41 exp((logit - max) / temperature)). Integer sums do
+// not depend on their order, so a cut has one value on every ISA, in any blocking and under any search; and each weight
+// comes from correctly rounded double operations, none of them fused. Against exact arithmetic a token's weight is off
+// by at most 2^-41 of the most likely token's: two prefixes count as equal when they differ by less than that per
+// token.
+#pragma once
+
+#include "cpu/sampling_row.h"
+
+namespace fastattn {
+namespace {
+
+// The unnormalised softmax at a temperature > 0.
+template <class Vec>
+class Softmax {
+ public:
+  using U64 = typename Vec::U64;
+  using F64 = typename Vec::F64;
+  static constexpr int kMassBits = 41;  // kMaxVocab tokens of the largest mass sum to 2^63
+
+  Softmax(float max, double temperature)
+      : max_(max), temperature_(temperature), log2_scale_(1.4426950408889634 / temperature) {
+    // Out of these bounds masses are 0, 1 all the same, and (-inf) * 0 or 0 * inf would be NaN.
+    if (log2_scale_ < 0x1p-1000) log2_scale_ = 0x1p-1000;
+    if (log2_scale_ > 0x1p+1000) log2_scale_ = 0x1p+1000;
+  }
+
+  float max() const { return static_cast<float>(max_); }
+  double log2_scale() const { return log2_scale_; }
+  double log_odds(float x) const { return (static_cast<double>(x) - max_) / temperature_; }  // log(p / p_max)
+
+  // A logit such that every token below it has less than 2^log2_odds of the largest probability.
+  float logit_at(double log2_odds) const {
+    const double logit = max_ + log2_odds / log2_scale_;
+    return logit > kLowest ? from_sort_key(sort_key(static_cast<float>(logit)) - 2) : kLowest;
+  }
+
+  U64 mass(F64 x) const {
+    const F64 round_to_integer = F64{} + 0x1.8p52;
+    F64 t = (x - max_) * log2_scale_;
+    t = t > -64.0 ? t : F64{} - 64.0;
+    // 2^t = 2^n 2^r with n = round(t); the polynomial is near-minimax for 2^r on [-1/2, 1/2], within 2^-44.
+    const F64 shifted = t + round_to_integer;
+    const F64 r = t - (shifted - round_to_integer);
+    F64 p = F64{} + 0x1.b63880a30e9ffp-24;
+    p = p * r + 0x1.63d136366db24p-20;
+    p = p * r + 0x1.ffcb9515a8016p-17;
+    p = p * r + 0x1.4308ac85aa947p-13;
+    p = p * r + 0x1.5d87fe86fe88ep-10;
+    p = p * r + 0x1.3b2ab7181b755p-7;
+    p = p * r + 0x1.c6b08d7047e52p-5;
+    p = p * r + 0x1.ebfbdff823cedp-3;
+    p = p * r + 0x1.62e42fefa39efp-1;
+    p = p * r + 1.0;
+    const F64 power = reinterpret_cast<F64>(reinterpret_cast<U64>(p) + (reinterpret_cast<U64>(shifted) << 52));
+    const F64 unit = F64{} + 0x1p52 / (int64_t{1} << kMassBits);  // its last place is one unit of mass
+    return reinterpret_cast<U64>(power + unit) - reinterpret_cast<U64>(unit);
+  }
+
+  // weights[i] = mass of v[i], for n rounded up to whole vectors.
+  void weigh(const float* v, int64_t n, uint64_t* weights) const {
+    for (int64_t i = 0; i < n; i += Vec::kLanes) {
+      const Vec x = Vec::load(v + i);
+      const U64 low = mass(widen_low(x)), high = mass(widen_high(x));
+      memcpy(weights + i, &low, sizeof low);
+      memcpy(weights + i + Vec::kLanes / 2, &high, sizeof high);
+    }
+  }
+
+ private:
+  double max_, temperature_, log2_scale_;
+};
+
+struct Counting {  // every token weighs one
+  void weigh(const float*, int64_t n, uint64_t* weights) const {
+    for (int64_t i = 0; i < n; ++i) weights[i] = 1;
+  }
+};
+
+// Where a running sum of weights, taken from the largest value down, reaches a target.
+struct Crossing {
+  float value;
+  uint64_t above;   // weight of everything larger: below the target
+  uint64_t weight;  // of one element equal to `value`
+};
+
+// Radix selection on the sort key, eight bits a round, counted from the smallest key so that few rounds are needed;
+// only the bucket that holds the crossing survives a round. Linear: at most four rounds. Reorders v, which has room to
+// read whole vectors. False if the total weight is below the target.
+template <class Weights>
+bool select_crossing(float* v, int64_t n, uint64_t target, const Weights& weights, Crossing* out) {
+  constexpr int kBlock = 64, kCopies = 4;  // copies: neighbours are often equal, and should not wait for each other
+  out->above = 0;
+  while (n > 0) {
+    uint32_t low = ~0u, high = 0;
+    for (int64_t i = 0; i < n; ++i) {
+      const uint32_t key = sort_key(v[i]);
+      low = key < low ? key : low;
+      high = key > high ? key : high;
+    }
+    if (low == high) {
+      uint64_t weight[kBlock];
+      weights.weigh(v, 1, weight);
+      out->value = v[0];
+      out->weight = weight[0];
+      return weight[0] > 0 && (target - out->above - 1) / weight[0] < static_cast<uint64_t>(n);
+    }
+    const int width = 32 - __builtin_clz(high - low), shift = width > 8 ? width - 8 : 0;
+    uint64_t sums[kCopies][256] = {};
+    for (int64_t i = 0; i < n; i += kBlock) {
+      const int64_t m = n - i < kBlock ? n - i : kBlock;
+      uint64_t weight[kBlock];
+      uint32_t bucket[kBlock];
+      weights.weigh(v + i, m, weight);
+      for (int64_t j = 0; j < m; ++j) bucket[j] = (sort_key(v[i + j]) - low) >> shift;
+      for (int64_t j = 0; j < m; ++j) sums[j % kCopies][bucket[j]] += weight[j];
+    }
+    int b = 256;
+    for (uint64_t sum = 0;;) {
+      if (--b < 0) return false;
+      sum = sums[0][b] + sums[1][b] + sums[2][b] + sums[3][b];
+      if (out->above + sum >= target) break;
+      out->above += sum;
+    }
+    int64_t left = 0;
+    for (int64_t i = 0; i < n; ++i) {
+      const float x = v[i];
+      v[left] = x;
+      left += (sort_key(x) - low) >> shift == static_cast<uint32_t>(b);
+    }
+    n = left;
+  }
+  return false;
+}
+
+// The shortest prefix of the candidates whose weight is >= target, as a cut. False if all together weigh less.
+template <class Vec, class Weights>
+bool cut_prefix(const Candidates& c, uint64_t target, const Weights& weights, Cut* cut) {
+  memcpy(c.work, c.values, static_cast<size_t>(c.n) * sizeof(float));
+  Crossing crossing;
+  if (!select_crossing(c.work, c.n, target, weights, &crossing)) return false;
+  *cut = {crossing.value, INT32_MAX};
+  // Of the tokens equal to the value, the first `ties` by id are kept.
+  int64_t ties = static_cast<int64_t>((target - crossing.above + crossing.weight - 1) / crossing.weight);
+  const Vec value = Vec::set1(crossing.value);
+  for (int64_t i = 0; i < c.n; i += Vec::kLanes) {
+    const Vec x = Vec::load(c.values + i);
+    uint32_t equal = lane_bits(value <= x) & lane_bits(x <= value);
+    for (; equal; equal &= equal - 1)
+      if (--ties == 0) {
+        cut->last_id = c.ids[i + __builtin_ctz(equal)];
+        return true;
+      }
+  }
+  return true;
+}
+
+// A bound that at least k logits reach, and that few do: the k-th largest of the maxima of disjoint groups is one. The
+// groups' maxima are themselves a row, bounded in the same way by the maxima of groups of groups.
+template <class Vec, class T>
+float bound_of_largest(const Row<Vec, T>& row, int64_t k, Candidates* c) {
+  const int64_t n = Row<Vec, T>::maxima_of(row.size()), n2 = Row<Vec, float>::maxima_of(n);
+  if (k > n) return kLowest;
+  Row<Vec, float> groups(row.maxima(), n, c->values);
+  groups.summarize();
+  float bound = kLowest;
+  Crossing crossing;
+  const auto raise = [&](float* v, int64_t size) {
+    if (select_crossing(v, size, static_cast<uint64_t>(k), Counting{}, &crossing) && crossing.value > bound)
+      bound = crossing.value;
+  };
+  memcpy(c->work, groups.maxima(), static_cast<size_t>(n2) * sizeof(float));
+  raise(c->work, n2);
+  Candidates reached = {c->work, c->ids, nullptr};
+  groups.gather(bound, &reached);
+  raise(reached.values, reached.n);
+  return bound;
+}
+
+// top_k: the candidates are then those >= the cut's value or a little more.
+template <class Vec, class T>
+Cut cut_top_k(const Row<Vec, T>& row, int64_t k, Candidates* c) {
+  Cut cut;
+  row.gather(bound_of_largest(row, k, c), c);
+  if (c->n > k) cut_prefix<Vec>(*c, static_cast<uint64_t>(k), Counting{}, &cut);
+  return cut;
+}
+
+inline uint64_t prefix_mass(double top_p, uint64_t total) {
+  const double wanted = __builtin_ceil(top_p * static_cast<double>(total));
+  const uint64_t target = wanted < 1.0 ? 1 : static_cast<uint64_t>(wanted);
+  return target < total ? target : total;
+}
+
+template <class Vec>
+uint64_t total_mass(const Candidates& c, const Softmax<Vec>& softmax) {
+  uint64_t total = 0, weights[64];
+  for (int64_t i = 0; i < c.n; i += 64) {
+    const int64_t m = c.n - i < 64 ? c.n - i : 64;
+    softmax.weigh(c.values + i, m, weights);
+    for (int64_t j = 0; j < m; ++j) total += weights[j];
+  }
+  return total;
+}
+
+template <class Vec, class T>
+uint64_t total_mass(const Row<Vec, T>& row, const Softmax<Vec>& softmax) {
+  typename Vec::U64 sum = {};
+  const float weightless = softmax.logit_at(-Softmax<Vec>::kMassBits - 2);
+  row.visit_chunks([&] { return weightless; },
+                   [&](const T* x, int32_t) {
+                     for (int i = 0; i < Row<Vec, T>::kChunk; i += Vec::kLanes) {
+                       const Vec v = Vec::load(x + i);
+                       sum += softmax.mass(widen_low(v)) + softmax.mass(widen_high(v));
+                     }
+                   });
+  uint64_t total = 0;
+  for (int i = 0; i < Vec::kLanes / 2; ++i) total += sum[i];
+  return total;
+}
+
+// A guess, from a sixty-fourth of the row, of a logit below which four fifths of the mass that may be cut off lies.
+template <class Vec, class T>
+float guess_bound(const Row<Vec, T>& row, const Softmax<Vec>& softmax, double cut_off, float* work) {
+  constexpr int kChunkStep = 4, kRatio = kChunkStep * Row<Vec, T>::kChunkVecs, kEnoughSamples = 128;
+  Candidates sample = {work, nullptr, nullptr};
+  for (int64_t c = 0; c < row.chunks(); c += kChunkStep, sample.n += Vec::kLanes)
+    Vec::load(row.chunk(c)).store(work + sample.n);
+  if (sample.n < kEnoughSamples) return kLowest;
+  const double total = static_cast<double>(total_mass(sample, softmax)), spare = 0.8 * cut_off / kRatio;
+  Crossing crossing;
+  const uint64_t target = total > spare ? static_cast<uint64_t>(total - spare) + 1 : 1;
+  if (!select_crossing(work, sample.n, target, softmax, &crossing) || crossing.value < kLowest) return kLowest;
+  return crossing.value;
+}
+
+// top_p among candidates that are already a kept set.
+template <class Vec>
+Cut cut_top_p(const Candidates& c, double top_p, const Softmax<Vec>& softmax) {
+  Cut cut;
+  cut_prefix<Vec>(c, prefix_mass(top_p, total_mass(c, softmax)), softmax, &cut);
+  return cut;
+}
+
+// top_p among the whole row.
+template <class Vec, class T>
+Cut cut_top_p(const Row<Vec, T>& row, double top_p, const Softmax<Vec>& softmax, Candidates* c) {
+  Cut cut;
+  const uint64_t total = total_mass(row, softmax), target = prefix_mass(top_p, total);
+  const float bound = guess_bound(row, softmax, static_cast<double>(total - target), c->work);
+  row.gather(bound, c);
+  if (!cut_prefix<Vec>(*c, target, softmax, &cut) && bound > kLowest) {  // the guess was too high
+    row.gather(kLowest, c);
+    cut_prefix<Vec>(*c, target, softmax, &cut);
+  }
+  return cut;
+}
+
+// min_p: normalisation and the other filters leave p / p_max as it is, so this one is a bound on the logit.
+template <class Vec>
+float least_logit(double min_p, const Softmax<Vec>& softmax) {
+  const double least = __builtin_log(min_p);
+  const float guess = softmax.logit_at(least * 1.4426950408889634);
+  uint32_t key = sort_key(guess);
+  while (key < sort_key(softmax.max()) && softmax.log_odds(from_sort_key(key)) < least) ++key;
+  return from_sort_key(key);
+}
+
+}  // namespace
+}  // namespace fastattn

@@ -1,0 +1,82 @@
+// The noise of sampling: Philox4x32-10 (Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3",
+// SC 2011), a bijection of a 128-bit counter under a 64-bit key. No state: any backend finds any token's noise
+// directly.
+//
+//   key     = (seed low, seed high)
+//   counter = (id / 4, position low, position high, kSamplingDomain)          id = the token's vocabulary id
+//   word    = output word number id % 4
+//   uniform = (word + 1/2) / 2^32, which lies in [2^-33, 1 - 2^-33]           exact in double
+//   Gumbel  = -log(-log(uniform)), which lies in [-3.13, 22.88]               always finite
+//
+// The drawn token is the argmax of (logit - max) / temperature + Gumbel, in double, over the kept tokens; the lower id
+// wins between equal scores. That is all a GPU kernel has to reproduce.
+#pragma once
+
+#include <cstdint>
+
+namespace fastattn {
+namespace {
+
+constexpr uint32_t kPhiloxMul0 = 0xD2511F53u, kPhiloxMul1 = 0xCD9E8D57u;
+constexpr uint32_t kPhiloxBump0 = 0x9E3779B9u, kPhiloxBump1 = 0xBB67AE85u;
+constexpr uint32_t kSamplingDomain = 0x73616d70u;  // "samp": other users of Philox take another last counter word
+
+struct PhiloxKey {
+  uint32_t low, high;
+};
+
+struct PhiloxBlock {
+  uint32_t word[4];
+};
+
+inline PhiloxBlock philox4x32_10(PhiloxBlock c, PhiloxKey key) {
+  for (int round = 0; round < 10; ++round) {
+    const uint64_t a = uint64_t{kPhiloxMul0} * c.word[0], b = uint64_t{kPhiloxMul1} * c.word[2];
+    c = {{static_cast<uint32_t>(b >> 32) ^ c.word[1] ^ key.low, static_cast<uint32_t>(b),
+          static_cast<uint32_t>(a >> 32) ^ c.word[3] ^ key.high, static_cast<uint32_t>(a)}};
+    key = {key.low + kPhiloxBump0, key.high + kPhiloxBump1};
+  }
+  return c;
+}
+
+// Where one row's noise comes from.
+struct NoiseStream {
+  PhiloxKey key;
+  uint32_t position_low, position_high;
+
+  NoiseStream(uint64_t seed, uint64_t position)
+      : key{static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32)},
+        position_low(static_cast<uint32_t>(position)),
+        position_high(static_cast<uint32_t>(position >> 32)) {}
+
+  uint32_t word(uint32_t id) const {
+    const PhiloxBlock counter = {{id / 4, position_low, position_high, kSamplingDomain}};
+    return philox4x32_10(counter, key).word[id % 4];
+  }
+};
+
+// kLanes / 2 blocks side by side, each word in the low half of a 64-bit lane; the high halves hold leftovers, which the
+// products of low halves never see.
+template <class Vec>
+struct PhiloxLanes {
+  using U64 = typename Vec::U64;
+  U64 word[4];
+
+  PhiloxLanes(U64 block, const NoiseStream& stream)
+      : word{block, U64{} + stream.position_low, U64{} + stream.position_high, U64{} + kSamplingDomain} {
+    PhiloxKey key = stream.key;
+    const U64 mul0 = U64{} + kPhiloxMul0, mul1 = U64{} + kPhiloxMul1;
+#pragma GCC unroll 10
+    for (int round = 0; round < 10; ++round) {
+      const U64 a = Vec::mul_low32(word[0], mul0), b = Vec::mul_low32(word[2], mul1);
+      word[0] = (b >> 32) ^ word[1] ^ (U64{} + key.low);
+      word[1] = b;
+      word[2] = (a >> 32) ^ word[3] ^ (U64{} + key.high);
+      word[3] = a;
+      key = {key.low + kPhiloxBump0, key.high + kPhiloxBump1};
+    }
+  }
+};
+
+}  // namespace
+}  // namespace fastattn
