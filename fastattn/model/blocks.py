@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastattn.attention import attention_with_kvcache
+from fastattn.linear import PackedLinear
 from fastattn.model.config import ModelConfig, RopeConfig
 from fastattn.model.kv_cache import KVCache
 
@@ -33,26 +34,6 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 MIN_ROTARY_ROWS = 512  # the first size of the rotary tables; they grow with the longest sequence seen
-
-
-class Linear:
-    """``x @ weight.T + bias``; every matrix product of a model goes through here.
-
-    Args:
-        weight: (out, in), float32 or bfloat16.
-        bias: (out,) float32, or None.
-    """
-
-    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
-        self.weight = weight  # (out, in)
-        self.bias = bias  # (out,)
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """x (tokens, in) float32 -> (tokens, out) float32."""
-        if self.weight.dtype == torch.float32:
-            return F.linear(x, self.weight, self.bias)  # (tokens, out)
-        out = F.linear(x.to(self.weight.dtype), self.weight).float()  # (tokens, out)
-        return out if self.bias is None else out.add_(self.bias)
 
 
 class RMSNorm:
@@ -85,7 +66,7 @@ class LayerNorm:
 class MLP:
     """``down(activation(up(x)))``."""
 
-    def __init__(self, up: Linear, down: Linear, activation: str) -> None:
+    def __init__(self, up: PackedLinear, down: PackedLinear, activation: str) -> None:
         self.up = up
         self.down = down
         self.activation = ACTIVATIONS[activation]
@@ -98,7 +79,7 @@ class MLP:
 class GatedMLP:
     """``down(activation(gate(x)) * up(x))`` (GLU variants, arXiv 2002.05202), gate and up in one product."""
 
-    def __init__(self, gate_up: Linear, down: Linear, activation: str) -> None:
+    def __init__(self, gate_up: PackedLinear, down: PackedLinear, activation: str) -> None:
         self.gate_up = gate_up  # weight (2 * ffn, hidden), gate first
         self.down = down
         self.activation = ACTIVATIONS[activation]
@@ -181,7 +162,7 @@ class Attention:
         rotary: the model's tables, or None.
     """
 
-    def __init__(self, qkv: Linear, out: Linear, config: ModelConfig, rotary: Rotary | None) -> None:
+    def __init__(self, qkv: PackedLinear, out: PackedLinear, config: ModelConfig, rotary: Rotary | None) -> None:
         self.qkv = qkv
         self.out = out
         self.heads = [config.nheads, config.nheads_k, config.nheads_k]
@@ -264,7 +245,7 @@ class Decoder:
         embedding: Tensor,
         layers: Sequence[Layer],
         norm: RMSNorm | LayerNorm,
-        head: Linear,
+        head: PackedLinear,
         *,
         rotary: Rotary | None = None,
         positions: Tensor | None = None,

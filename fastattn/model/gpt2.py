@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from fastattn.model.blocks import MLP, Attention, Decoder, Layer, LayerNorm, Linear
+from fastattn.linear import PackedLinear
+from fastattn.model.blocks import MLP, Attention, Decoder, Layer, LayerNorm
 from fastattn.model.config import Fields, ModelConfig, read_activation, read_gguf_ids, read_hf_ids, read_sizes
 from fastattn.model.weights import TensorSource, WeightReader
 
@@ -89,8 +90,8 @@ def build(config: ModelConfig, weights: WeightReader) -> Decoder:
         weight = weights.vector(part, hidden, layer)  # (hidden,)
         return LayerNorm(weight, weights.vector(part, hidden, layer, "bias"), config.norm_eps)
 
-    def linear(layer: int, cols: int, **rows: int) -> Linear:
-        return Linear(*weights.linear(rows, cols, layer, needs_bias=True))
+    def linear(layer: int, cols: int, **rows: int) -> PackedLinear:
+        return PackedLinear(*weights.linear(rows, cols, layer, needs_bias=True))
 
     layers = []
     for i in range(config.nlayers):
@@ -103,4 +104,4 @@ def build(config: ModelConfig, weights: WeightReader) -> Decoder:
     embedding = weights.matrix("embedding", config.vocab_size, hidden)  # (vocab, hidden)
     positions = weights.matrix("positions", config.max_seqlen, hidden)  # (max_seqlen, hidden)
     head = weights.head(embedding, config.tie_embeddings)  # (vocab, hidden)
-    return Decoder(config, embedding, layers, norm("norm"), Linear(head), positions=positions)
+    return Decoder(config, embedding, layers, norm("norm"), PackedLinear(head), positions=positions)

@@ -6,7 +6,8 @@ Nothing undoes that: attention turns such heads with ``rotary_interleaved=True``
 
 from __future__ import annotations
 
-from fastattn.model.blocks import Attention, Decoder, GatedMLP, Layer, Linear, RMSNorm, Rotary
+from fastattn.linear import PackedLinear
+from fastattn.model.blocks import Attention, Decoder, GatedMLP, Layer, RMSNorm, Rotary
 from fastattn.model.config import (
     Fields,
     ModelConfig,
@@ -128,8 +129,8 @@ def build(config: ModelConfig, weights: WeightReader) -> Decoder:
     factors = weights.vector("rope_factors", config.rope.rotary_dim // 2) if has_factors else None
     rotary = Rotary(config.rope, factors)
 
-    def linear(layer: int, cols: int, **rows: int) -> Linear:
-        return Linear(*weights.linear(rows, cols, layer))
+    def linear(layer: int, cols: int, **rows: int) -> PackedLinear:
+        return PackedLinear(*weights.linear(rows, cols, layer))
 
     layers = []
     for i in range(config.nlayers):
@@ -143,4 +144,4 @@ def build(config: ModelConfig, weights: WeightReader) -> Decoder:
     embedding = weights.matrix("embedding", config.vocab_size, hidden)  # (vocab, hidden)
     head = weights.head(embedding, config.tie_embeddings)  # (vocab, hidden)
     norm = RMSNorm(weights.vector("norm", hidden), eps)
-    return Decoder(config, embedding, layers, norm, Linear(head), rotary=rotary)
+    return Decoder(config, embedding, layers, norm, PackedLinear(head), rotary=rotary)
