@@ -17,7 +17,7 @@ import torch
 
 import fastattn
 from fastattn import _C
-from fastattn.doctor import cpu_name
+from fastattn.doctor import examine
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -69,7 +69,7 @@ def environment() -> dict[str, Any]:
     return {
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M"),
         "commit": commit.strip() + ("+changes" if changed.stdout.strip() else ""),
-        "cpu": cpu_name(),
+        "cpu": examine()["cpu"]["name"],
         "isa": fastattn.cpu_isa(),
         "threads": torch.get_num_threads(),
         "load_average": os.getloadavg()[0],
