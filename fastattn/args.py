@@ -10,6 +10,9 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 
+NO_FEATURES: frozenset[str] = frozenset()
+
+
 @dataclass(frozen=True, slots=True)
 class AttentionArgs:
     """One softmax attention. The score modifiers that are not used keep their defaults."""
@@ -32,6 +35,14 @@ class AttentionArgs:
 
     def features(self) -> frozenset[str]:
         """Names of what this call needs beyond plain (causal) attention."""
+        if (
+            self.window_size == (-1, -1)
+            and self.softcap == 0.0
+            and self.dropout_p == 0.0
+            and self.alibi_slopes is self.attn_bias is self.attn_mask is self.sinks is None
+            and not self.needs_grad
+        ):
+            return NO_FEATURES  # what a decode step asks 30 times per token: keep it cheap
         used = {
             "window": self.window_size != (-1, -1),
             "softcap": self.softcap != 0.0,

@@ -146,7 +146,7 @@ def attention_with_kvcache(
             raise NotImplementedError(f"no backend has {name!r} yet")
     _check_qkv(q, k_cache, v_cache, ("k_cache", "v_cache"))
     check_range("num_splits", num_splits, 0, math.inf)
-    seqlens = _cache_seqlens(cache_seqlens, q, k_cache, k)
+    seqlens, longest = _cache_seqlens(cache_seqlens, q, k_cache, k)
     window = _window(window_size)
     if k is not None or v is not None or rotary_cos is not None or rotary_sin is not None:
         append = KVAppendArgs(
@@ -161,7 +161,7 @@ def attention_with_kvcache(
             rotary_interleaved=rotary_interleaved,
             rotary_per_row=causal or window != (-1, -1),
         )
-        _check_append(append)
+        _check_append(append, longest)
         q, seqlens = resolve(backend, append).append_kv(append)
     args = AttentionArgs(
         q=q,
@@ -182,7 +182,30 @@ def attention_with_kvcache(
     return (out, lse) if return_lse else out
 
 
+def _fits(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether q, k, v need no further look: one quick answer for the calls that are right."""
+    try:
+        batch, _, nheads, headdim = q.shape
+        batch_k, seqlen_k, nheads_k, headdim_k = k.shape
+        batch_v, seqlen_v, nheads_v, headdim_v = v.shape
+    except (AttributeError, ValueError):
+        return False
+    return (
+        batch == batch_k == batch_v
+        and seqlen_k == seqlen_v
+        and nheads_k == nheads_v > 0
+        and nheads % nheads_k == 0
+        and 0 < headdim == headdim_k <= MAX_HEADDIM
+        and 0 < headdim_v <= MAX_HEADDIM
+        and q.dtype == k.dtype == v.dtype
+        and q.dtype in DTYPES
+        and q.device == k.device == v.device
+    )
+
+
 def _check_qkv(q: Tensor, k: Tensor, v: Tensor, names: tuple[str, str] = ("k", "v")) -> None:
+    if _fits(q, k, v):
+        return
     shapes = Shapes()
     shapes.match("q", q, "batch seqlen_q nheads headdim")
     shapes.match(names[0], k, "batch seqlen_k nheads_k headdim")
@@ -195,8 +218,7 @@ def _check_qkv(q: Tensor, k: Tensor, v: Tensor, names: tuple[str, str] = ("k", "
         raise ValueError(f"{names[0]}: expected nheads_k that divides nheads={nheads}, got nheads_k={nheads_k}")
     if not 1 <= q.shape[3] <= MAX_HEADDIM:
         raise ValueError(f"q: expected headdim from 1 to {MAX_HEADDIM}, got {q.shape[3]}")
-    if not 1 <= v.shape[3] <= MAX_HEADDIM:
-        raise ValueError(f"{names[1]}: expected headdim_v from 1 to {MAX_HEADDIM}, got {v.shape[3]}")
+    raise ValueError(f"{names[1]}: expected headdim_v from 1 to {MAX_HEADDIM}, got {v.shape[3]}")
 
 
 def _check_modifiers(args: AttentionArgs) -> None:
@@ -226,7 +248,8 @@ def _check_modifiers(args: AttentionArgs) -> None:
         Shapes(nheads=nheads).match("sinks", args.sinks, "nheads")
 
 
-def _check_append(args: KVAppendArgs) -> None:
+def _check_append(args: KVAppendArgs, longest: int) -> None:
+    """``longest`` is the largest of ``cache_seqlens``."""
     if (args.k is None) != (args.v is None):
         raise ValueError("k, v: expected both or neither, got only " + ("v" if args.k is None else "k"))
     if (args.rotary_cos is None) != (args.rotary_sin is None):
@@ -234,15 +257,16 @@ def _check_append(args: KVAppendArgs) -> None:
     batch, seqlen_cache, nheads_k, headdim = args.k_cache.shape
     seqlen_new = 0
     if args.k is not None and args.v is not None:
-        shapes = Shapes(batch=batch, nheads_k=nheads_k, headdim=headdim, headdim_v=args.v_cache.shape[3])
-        shapes.match("k", args.k, "batch seqlen_new nheads_k headdim")
-        shapes.match("v", args.v, "batch seqlen_new nheads_k headdim_v")
+        seqlen_new = args.k.shape[1] if args.k.dim() == 4 else 0
+        if not (
+            args.k.shape == (batch, seqlen_new, nheads_k, headdim)
+            and args.v.shape == (batch, seqlen_new, nheads_k, args.v_cache.shape[3])
+        ):
+            shapes = Shapes(batch=batch, nheads_k=nheads_k, headdim=headdim, headdim_v=args.v_cache.shape[3])
+            shapes.match("k", args.k, "batch seqlen_new nheads_k headdim")
+            shapes.match("v", args.v, "batch seqlen_new nheads_k headdim_v")
         check_like("k", args.k, "k_cache", args.k_cache)
         check_like("v", args.v, "v_cache", args.v_cache)
-        seqlen_new = shapes["seqlen_new"]
-    if batch == 0:
-        return
-    longest = int(args.cache_seqlens.max())
     if longest + seqlen_new > seqlen_cache:
         raise ValueError(
             f"k_cache: expected seqlen_cache >= {longest + seqlen_new} "
@@ -263,8 +287,8 @@ def _check_append(args: KVAppendArgs) -> None:
             )
 
 
-def _cache_seqlens(given: int | Tensor | None, q: Tensor, k_cache: Tensor, k: Tensor | None) -> Tensor:
-    """The number of valid cache rows before the append, as (batch,) int32."""
+def _cache_seqlens(given: int | Tensor | None, q: Tensor, k_cache: Tensor, k: Tensor | None) -> tuple[Tensor, int]:
+    """The number of valid cache rows before the append, as (batch,) int32, and the largest of them."""
     batch, seqlen_cache = k_cache.shape[:2]
     if given is None:
         given = 0 if k is not None else seqlen_cache
@@ -273,14 +297,12 @@ def _cache_seqlens(given: int | Tensor | None, q: Tensor, k_cache: Tensor, k: Te
         check_dtype("cache_seqlens", given, (torch.int32, torch.int64))
         if given.device != q.device:
             raise ValueError(f"cache_seqlens: expected the device of q, {q.device}, got {given.device}")
-        seqlens = given.to(torch.int32)
-        if batch:
-            low, high = map(int, seqlens.aminmax())
-            check_range("cache_seqlens", low, 0, seqlen_cache)
-            check_range("cache_seqlens", high, 0, seqlen_cache)
-        return seqlens
+        lengths: list[int] = given.tolist()
+        for length in (min(lengths), max(lengths)) if lengths else ():
+            check_range("cache_seqlens", length, 0, seqlen_cache)
+        return given.to(torch.int32).contiguous(), max(lengths, default=0)
     check_range("cache_seqlens", given, 0, seqlen_cache)
-    return torch.full((batch,), given, dtype=torch.int32, device=q.device)
+    return torch.full((batch,), given, dtype=torch.int32, device=q.device), given if batch else 0
 
 
 def _scale(softmax_scale: float | None, headdim: int) -> float:

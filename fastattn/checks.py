@@ -11,11 +11,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor
+
+
+@cache
+def _symbols(spec: str) -> list[str]:
+    return spec.split()
 
 
 class Shapes:
@@ -31,7 +37,7 @@ class Shapes:
         """Bind or compare the sizes of ``tensor`` with the names in ``spec``."""
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name}: expected a torch.Tensor, got {type(tensor).__name__}")
-        symbols = spec.split()
+        symbols = _symbols(spec)
         shape = tuple(tensor.shape)
         sizes = self.sizes
         if len(shape) == len(symbols) and all(sizes.get(s, n) == n for s, n in zip(symbols, shape)):

@@ -1,9 +1,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
+from tree import copy_tree
 
 import fastattn
 from fastattn import _C
@@ -29,3 +31,11 @@ def threads() -> Iterator[None]:
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A clean copy of the source tree, to build in."""
+    target = tmp_path_factory.mktemp("source") / "fastattn"
+    copy_tree(target)
+    return target

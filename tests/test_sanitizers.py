@@ -1,0 +1,44 @@
+"""The kernel tests on an AddressSanitizer + UndefinedBehaviorSanitizer build of the C++."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+from tree import run
+
+KERNEL_TESTS = [
+    "tests/test_kvcache.py",
+    "tests/test_attention.py::test_random_calls",
+    "tests/test_attention.py::test_strides",
+    "tests/test_attention.py::test_many_chunks",
+    "tests/test_attention.py::test_rows_without_keys",
+    "tests/test_attention.py::test_bits_do_not_depend_on_threads_or_batch",
+]
+
+
+def test_kernels_under_sanitizers(source):
+    runtime = subprocess.run(["g++", "-print-file-name=libasan.so"], capture_output=True, text=True).stdout.strip()
+    if "/" not in runtime:
+        pytest.skip("the compiler has no AddressSanitizer runtime (libasan.so)")
+    run(sys.executable, "setup.py", "build_ext", "--inplace", cwd=source, FASTATTN_SANITIZE="address,undefined")
+    preload = {
+        "LD_PRELOAD": f"{runtime}:{runtime.replace('libasan', 'libubsan')}",
+        "ASAN_OPTIONS": "detect_leaks=0:abort_on_error=1",  # CPython itself leaks at exit
+        "UBSAN_OPTIONS": "print_stacktrace=1",
+        "PYTHONPATH": str(source),
+    }
+    out = run(sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *KERNEL_TESTS, cwd=source, **preload)
+    assert " passed" in out, out
+
+    # The sanitizer is really there: a cache length past the end of the buffer is caught.
+    overrun = (
+        "import torch; from fastattn.backends import cpu; from fastattn.args import AttentionArgs;"
+        "x = torch.zeros(1, 4, 1, 64);"
+        "cpu.attention(AttentionArgs(x, x, x, 1.0, seqlens_k=torch.tensor([4000], dtype=torch.int32)))"
+    )
+    broken = subprocess.run([sys.executable, "-c", overrun], env={**preload, "PATH": "/usr/bin:/bin"}, cwd=source,
+                            capture_output=True, text=True)  # fmt: skip
+    assert broken.returncode != 0
+    assert "AddressSanitizer" in broken.stderr
