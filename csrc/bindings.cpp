@@ -113,6 +113,33 @@ void linear(uintptr_t x, int64_t stride_x, uintptr_t weights, const char* isa, u
   table.linear(p);
 }
 
+void rms_norm(uintptr_t x, int64_t stride_x, uintptr_t weight, uintptr_t out, int64_t tokens, int64_t hidden, float eps,
+              int nthreads) {
+  RmsNormParams p{};
+  p.x = pointer<const float>(x);
+  p.weight = pointer<const float>(weight);
+  p.out = pointer<float>(out);
+  p.stride_x = stride_x;
+  p.tokens = tokens;
+  p.hidden = hidden;
+  p.eps = eps;
+  p.nthreads = nthreads;
+  py::gil_scoped_release release;
+  kernels().rms_norm(p);
+}
+
+void silu_mul(uintptr_t gate_up, int64_t stride_gate_up, uintptr_t out, int64_t tokens, int64_t ffn, int nthreads) {
+  SiluMulParams p{};
+  p.gate_up = pointer<const float>(gate_up);
+  p.out = pointer<float>(out);
+  p.stride_gate_up = stride_gate_up;
+  p.tokens = tokens;
+  p.ffn = ffn;
+  p.nthreads = nthreads;
+  py::gil_scoped_release release;
+  kernels().silu_mul(p);
+}
+
 py::list isas() {
   py::list names;
   for (const KernelTable* table : supported_kernels()) names.append(table->name);
@@ -133,4 +160,6 @@ PYBIND11_MODULE(_C, m) {
   m.def("packed_linear_floats", &packed_linear_floats);
   m.def("pack_linear", &pack_linear);
   m.def("linear", &linear);
+  m.def("rms_norm", &rms_norm);
+  m.def("silu_mul", &silu_mul);
 }

@@ -7,13 +7,11 @@ not depend on what else is in the batch.
 
 from __future__ import annotations
 
-import os
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastattn.backends import cpu
+from fastattn.backends import cpu, cpu_serves
 from fastattn.checks import Shapes, check_dtype
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -56,7 +54,7 @@ class PackedLinear:
             bias = bias.detach().float()
         weight = weight.detach()
         self.dtype, self.device = weight.dtype, weight.device
-        self._packed = cpu.pack_linear(weight, bias) if _kernels_serve(weight) else None
+        self._packed = cpu.pack_linear(weight, bias) if cpu_serves(weight) else None
         self._plain = (weight, bias) if self._packed is None else None
         stored = (weight, bias) if self._packed is None else (self._packed.data,)
         self.nbytes = sum(t.nbytes for t in stored if t is not None)
@@ -93,13 +91,3 @@ class PackedLinear:
             f"PackedLinear(in_features={self.in_features}, out_features={self.out_features}, "
             f"dtype={self.dtype}, kernel={kernel!r})"
         )
-
-
-def _kernels_serve(weight: Tensor) -> bool:
-    backend = os.environ.get("FASTATTN_BACKEND") or "auto"
-    if backend not in ("auto", "cpu") or weight.device.type != "cpu":
-        return False
-    reason = cpu.unavailable()
-    if reason and backend == "cpu":
-        raise RuntimeError(f"backend 'cpu' cannot run here: {reason}")
-    return reason is None

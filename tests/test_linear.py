@@ -22,6 +22,12 @@ TOKENS = [1, 2, 3, 7, 8, 9, 33]
 by_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
 
 
+@pytest.fixture(autouse=True)
+def one_thread(threads: None) -> None:
+    """Fast on a busy machine; the tests about threads set their own numbers."""
+    torch.set_num_threads(1)
+
+
 def make(in_features: int, out_features: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     weight = (torch.randn(out_features, in_features) / in_features**0.5).to(dtype)
     return weight, torch.randn(out_features)
@@ -115,7 +121,6 @@ def test_infinity_and_nan_stay_in_their_rows_and_columns(isa: str) -> None:
 
 @by_dtype
 @pytest.mark.parametrize(("in_features", "out_features"), [(576, 960), (1537, 50), (33, 1), (768, 129)])
-@pytest.mark.usefixtures("threads")
 def test_bits_do_not_depend_on_batchmates_or_threads(
     isa: str, in_features: int, out_features: int, dtype: torch.dtype
 ) -> None:
@@ -131,7 +136,6 @@ def test_bits_do_not_depend_on_batchmates_or_threads(
                 assert torch.equal(layer(x[first : first + tokens]), whole[first : first + tokens])
 
 
-@pytest.mark.usefixtures("threads")
 def test_packing_does_not_depend_on_threads(isa: str) -> None:
     weight, bias = make(130, 201, torch.bfloat16)
     x = torch.randn(5, 130)
