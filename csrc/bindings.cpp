@@ -113,6 +113,33 @@ void linear(uintptr_t x, int64_t stride_x, uintptr_t weights, const char* isa, u
   table.linear(p);
 }
 
+void rms_norm(uintptr_t x, int64_t stride_x, uintptr_t weight, uintptr_t out, int64_t tokens, int64_t hidden, float eps,
+              int nthreads) {
+  RmsNormParams p{};
+  p.x = pointer<const float>(x);
+  p.weight = pointer<const float>(weight);
+  p.out = pointer<float>(out);
+  p.stride_x = stride_x;
+  p.tokens = tokens;
+  p.hidden = hidden;
+  p.eps = eps;
+  p.nthreads = nthreads;
+  py::gil_scoped_release release;
+  kernels().rms_norm(p);
+}
+
+void silu_mul(uintptr_t gate_up, int64_t stride_gate_up, uintptr_t out, int64_t tokens, int64_t ffn, int nthreads) {
+  SiluMulParams p{};
+  p.gate_up = pointer<const float>(gate_up);
+  p.out = pointer<float>(out);
+  p.stride_gate_up = stride_gate_up;
+  p.tokens = tokens;
+  p.ffn = ffn;
+  p.nthreads = nthreads;
+  py::gil_scoped_release release;
+  kernels().silu_mul(p);
+}
+
 // A parameter of sample: a number for all rows, or (address,) of one per row. `number` must outlive the call.
 template <class T>
 PerRow<T> per_row(const py::object& value, T* number) {
@@ -177,4 +204,6 @@ PYBIND11_MODULE(_C, m) {
     py::gil_scoped_release release;
     return kernels().read_loop(pointer<const float>(data), floats, nthreads);
   });
+  m.def("rms_norm", &rms_norm);
+  m.def("silu_mul", &silu_mul);
 }

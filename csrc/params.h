@@ -78,6 +78,24 @@ struct PackLinearParams {
   int nthreads;
 };
 
+struct RmsNormParams {
+  const float* x;       // (tokens, hidden), unit stride along hidden
+  const float* weight;  // (hidden,) contiguous
+  float* out;           // (tokens, hidden) contiguous
+  int64_t stride_x;
+  int64_t tokens, hidden;
+  float eps;
+  int nthreads;
+};
+
+struct SiluMulParams {
+  const float* gate_up;  // (tokens, 2 * ffn), unit stride along the columns, gate first
+  float* out;            // (tokens, ffn) contiguous
+  int64_t stride_gate_up;
+  int64_t tokens, ffn;
+  int nthreads;
+};
+
 // One value per row, or one for all rows (stride 0).
 template <class T>
 struct PerRow {

@@ -7,13 +7,11 @@ not depend on what else is in the batch.
 
 from __future__ import annotations
 
-import os
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastattn.backends import cpu
+from fastattn.backends import cpu, cpu_serves
 from fastattn.checks import Shapes, check_dtype
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -39,7 +37,7 @@ class PackedLinear:
         RuntimeError: ``FASTATTN_BACKEND=cpu``, and the kernels cannot run here.
     """
 
-    __slots__ = ("_packed", "_plain", "dtype", "in_features", "nbytes", "out_features")
+    __slots__ = ("_packed", "_plain", "device", "dtype", "in_features", "nbytes", "out_features")
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
         shapes = Shapes()
@@ -55,8 +53,8 @@ class PackedLinear:
                 raise ValueError(f"bias: expected the device of weight, {weight.device}, got {bias.device}")
             bias = bias.detach().float()
         weight = weight.detach()
-        self.dtype = weight.dtype
-        self._packed = cpu.pack_linear(weight, bias) if _kernels_serve(weight) else None
+        self.dtype, self.device = weight.dtype, weight.device
+        self._packed = cpu.pack_linear(weight, bias) if cpu_serves(weight) else None
         self._plain = (weight, bias) if self._packed is None else None
         stored = (weight, bias) if self._packed is None else (self._packed.data,)
         self.nbytes = sum(t.nbytes for t in stored if t is not None)
@@ -68,6 +66,7 @@ class PackedLinear:
             or x.dtype is not torch.float32
             or x.dim() != 2
             or x.size(1) != self.in_features
+            or x.device != self.device
             or x.requires_grad
         ):
             self._check(x)
@@ -81,6 +80,8 @@ class PackedLinear:
     def _check(self, x: Tensor) -> None:
         Shapes(in_features=self.in_features).match("x", x, "tokens in_features")
         check_dtype("x", x, (torch.float32,))
+        if x.device != self.device:
+            raise ValueError(f"x: expected the device of weight, {self.device}, got {x.device}")
         if x.requires_grad and torch.is_grad_enabled():
             raise NotImplementedError("x: gradients do not flow through PackedLinear; use torch.no_grad()")
 
@@ -90,13 +91,3 @@ class PackedLinear:
             f"PackedLinear(in_features={self.in_features}, out_features={self.out_features}, "
             f"dtype={self.dtype}, kernel={kernel!r})"
         )
-
-
-def _kernels_serve(weight: Tensor) -> bool:
-    backend = os.environ.get("FASTATTN_BACKEND") or "auto"
-    if backend not in ("auto", "cpu") or weight.device.type != "cpu":
-        return False
-    reason = cpu.unavailable()
-    if reason and backend == "cpu":
-        raise RuntimeError(f"backend 'cpu' cannot run here: {reason}")
-    return reason is None

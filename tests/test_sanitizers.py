@@ -10,6 +10,8 @@ from tree import run
 
 KERNEL_TESTS = [
     "tests/test_kvcache.py",
+    "tests/test_linear.py",
+    "tests/test_fused.py",
     "tests/test_attention.py::test_random_calls",
     "tests/test_attention.py::test_strides",
     "tests/test_attention.py::test_many_chunks",

@@ -12,6 +12,8 @@ struct KernelTable {
   int64_t (*packed_linear_floats)(int64_t in_features, int64_t out_features, DType dtype);
   void (*pack_linear)(const PackLinearParams&);
   void (*linear)(const LinearParams&);
+  void (*rms_norm)(const RmsNormParams&);
+  void (*silu_mul)(const SiluMulParams&);
   void (*sample)(const SamplingParams&);
   double (*fma_loop)(int64_t iterations, int nthreads);  // benchmarks' limits: limits.h
   double (*read_loop)(const float* data, int64_t floats, int nthreads);

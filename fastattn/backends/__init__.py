@@ -11,6 +11,8 @@ from __future__ import annotations
 import os
 from types import ModuleType
 
+from torch import Tensor
+
 from fastattn.args import AttentionArgs, KVAppendArgs, SamplingArgs
 from fastattn.backends import cpu, reference
 
@@ -42,6 +44,21 @@ def resolve(name: str, args: AttentionArgs | KVAppendArgs | SamplingArgs) -> Mod
             return module
         reasons.append(f"{module.NAME}: {reason}")
     raise NotImplementedError("no backend can serve this call (" + "; ".join(reasons) + ")")
+
+
+def cpu_serves(tensor: Tensor) -> bool:
+    """Whether the CPU kernels do the model's own operations (linear, norms), which elsewhere are PyTorch's.
+
+    Raises:
+        RuntimeError: ``FASTATTN_BACKEND=cpu``, and the kernels cannot run on this machine.
+    """
+    name = os.environ.get("FASTATTN_BACKEND") or "auto"
+    if name not in ("auto", cpu.NAME) or tensor.device.type != "cpu":
+        return False
+    reason = cpu.unavailable()
+    if reason and name == cpu.NAME:
+        raise RuntimeError(f"backend {name!r} cannot run here: {reason}")
+    return reason is None
 
 
 def _forced(name: str, args: AttentionArgs | KVAppendArgs | SamplingArgs) -> ModuleType:

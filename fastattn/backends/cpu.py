@@ -177,6 +177,33 @@ def linear(packed: PackedWeights, x: Tensor) -> Tensor:
     return out
 
 
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """``x (tokens, hidden)`` and ``weight (hidden,)`` float32 to (tokens, hidden) float32."""
+    x, weight = _unit_stride(x), weight.contiguous()
+    tokens, hidden = x.shape
+    out = torch.empty((tokens, hidden), dtype=torch.float32)
+    _C.rms_norm(
+        x.data_ptr(),
+        x.stride(0),
+        weight.data_ptr(),
+        out.data_ptr(),
+        tokens,
+        hidden,
+        eps,
+        torch.get_num_threads(),
+    )
+    return out
+
+
+def silu_mul(gate_up: Tensor) -> Tensor:
+    """``gate_up (tokens, 2 * ffn)`` float32 to (tokens, ffn) float32."""
+    gate_up = _unit_stride(gate_up)
+    tokens, ffn = gate_up.shape[0], gate_up.shape[1] // 2
+    out = torch.empty((tokens, ffn), dtype=torch.float32)
+    _C.silu_mul(gate_up.data_ptr(), gate_up.stride(0), out.data_ptr(), tokens, ffn, torch.get_num_threads())
+    return out
+
+
 def sample(args: SamplingArgs) -> Tensor:
     """One token per row, (batch,) int64."""
     logits = args.logits
