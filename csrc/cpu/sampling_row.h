@@ -29,7 +29,7 @@ inline float from_sort_key(uint32_t key) {
 
 // The total order is: larger logit first, then lower id. Every filter keeps a prefix of it, and so do all together.
 struct Cut {
-  float value = kLowest;      // the last logit kept,
+  float value = kLowest;        // the last logit kept,
   int32_t last_id = INT32_MAX;  // and the last id kept among those equal to it
 
   bool keeps(float x, int32_t id) const { return x > value || (x == value && id <= last_id); }
@@ -70,8 +70,7 @@ class Row {
   static int64_t chunks_of(int64_t size) { return (size + kChunk - 1) / kChunk; }
   static int64_t maxima_of(int64_t size) { return chunks_of(size) * Vec::kLanes; }
 
-  Row(const T* data, int64_t size, float* maxima)
-      : data_(data), size_(size), whole_(size / kChunk), maxima_(maxima) {
+  Row(const T* data, int64_t size, float* maxima) : data_(data), size_(size), whole_(size / kChunk), maxima_(maxima) {
     const int64_t left = size - whole_ * kChunk;
     memcpy(static_cast<void*>(tail_), data + whole_ * kChunk, static_cast<size_t>(left) * sizeof(T));
     for (int64_t i = left; i < kChunk; ++i) store_minus_infinity(tail_ + i);

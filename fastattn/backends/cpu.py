@@ -126,6 +126,17 @@ def append_kv(args: KVAppendArgs) -> tuple[Tensor, Tensor]:
 
 def sample(args: SamplingArgs) -> Tensor:
     """One token per row, (batch,) int64."""
+    return _sample(args, None)
+
+
+def survivors(args: SamplingArgs) -> Tensor:
+    """Which tokens the filters keep, (batch, vocab) bool; a greedy row keeps one."""
+    kept = torch.empty(args.logits.shape, dtype=torch.bool)
+    _sample(args, kept)
+    return kept
+
+
+def _sample(args: SamplingArgs, kept: Tensor | None) -> Tensor:
     logits = args.logits
     batch, vocab = logits.shape
     tokens = torch.empty(batch, dtype=torch.int64)
@@ -142,6 +153,7 @@ def sample(args: SamplingArgs) -> Tensor:
         _number_or_address(args.seeds),
         _number_or_address(args.positions),
         tokens.data_ptr(),
+        0 if kept is None else kept.data_ptr(),
         torch.get_num_threads(),
     )
     if failed >= 0:
@@ -150,7 +162,7 @@ def sample(args: SamplingArgs) -> Tensor:
 
 
 def _number_or_address(value: float | Tensor) -> float | tuple[int]:
-    return (value.data_ptr(),) if isinstance(value, Tensor) else value
+    return value if type(value) is float or type(value) is int else (value.data_ptr(),)
 
 
 def _unit_stride(x: Tensor) -> Tensor:
