@@ -151,7 +151,7 @@ PerRow<T> per_row(const py::object& value, T* number) {
 // The first row whose token is a -SamplingError, or -1.
 int64_t sample(uintptr_t logits, int64_t stride_batch, int64_t batch, int64_t vocab, int dtype,
                const py::object& temperature, const py::object& top_k, const py::object& top_p, const py::object& min_p,
-               const py::object& seeds, const py::object& positions, uintptr_t tokens, int nthreads) {
+               const py::object& seeds, const py::object& positions, uintptr_t tokens, uintptr_t kept, int nthreads) {
   double reals[3];
   int64_t integers[3];
   SamplingParams p{};
@@ -164,6 +164,7 @@ int64_t sample(uintptr_t logits, int64_t stride_batch, int64_t batch, int64_t vo
   p.seeds = per_row(seeds, &integers[1]);
   p.positions = per_row(positions, &integers[2]);
   p.tokens = pointer<int64_t>(tokens);
+  p.kept = pointer<bool>(kept);
   p.batch = batch;
   p.vocab = vocab;
   p.dtype = static_cast<DType>(dtype);

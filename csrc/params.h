@@ -115,6 +115,7 @@ struct SamplingParams {
   PerRow<int64_t> seeds;       // the 64 bits of the key
   PerRow<int64_t> positions;
   int64_t* tokens;  // (batch,) out: a token, or -SamplingError of a row that has none
+  bool* kept;       // (batch, vocab) contiguous out, what the filters keep of each row that has a token; may be null
   int64_t batch, vocab;
   DType dtype;
   int nthreads;

@@ -55,27 +55,43 @@ struct NoiseStream {
   }
 };
 
-// kLanes / 2 blocks side by side, each word in the low half of a 64-bit lane; the high halves hold leftovers, which the
-// products of low halves never see.
+// kLanes / 2 blocks side by side. A word is in the low half of its 64-bit lane; the high halves hold leftovers, which
+// the products of low halves never see.
 template <class Vec>
-struct PhiloxLanes {
+class PhiloxLanes {
+ public:
   using U64 = typename Vec::U64;
-  U64 word[4];
 
-  PhiloxLanes(U64 block, const NoiseStream& stream)
-      : word{block, U64{} + stream.position_low, U64{} + stream.position_high, U64{} + kSamplingDomain} {
+  explicit PhiloxLanes(const NoiseStream& stream)
+      : position_low_(U64{} + stream.position_low), position_high_(U64{} + stream.position_high) {
     PhiloxKey key = stream.key;
-    const U64 mul0 = U64{} + kPhiloxMul0, mul1 = U64{} + kPhiloxMul1;
-#pragma GCC unroll 10
     for (int round = 0; round < 10; ++round) {
-      const U64 a = Vec::mul_low32(word[0], mul0), b = Vec::mul_low32(word[2], mul1);
-      word[0] = (b >> 32) ^ word[1] ^ (U64{} + key.low);
-      word[1] = b;
-      word[2] = (a >> 32) ^ word[3] ^ (U64{} + key.high);
-      word[3] = a;
+      key_low_[round] = U64{} + key.low;
+      key_high_[round] = U64{} + key.high;
       key = {key.low + kPhiloxBump0, key.high + kPhiloxBump1};
     }
   }
+
+  // The words of blocks id / 4 = block[lane].
+  void generate(U64 block, U64 (&word)[4]) const {
+    const U64 mul0 = U64{} + kPhiloxMul0, mul1 = U64{} + kPhiloxMul1;
+    word[0] = block;
+    word[1] = position_low_;
+    word[2] = position_high_;
+    word[3] = U64{} + kSamplingDomain;
+#pragma GCC unroll 10
+    for (int round = 0; round < 10; ++round) {
+      const U64 a = Vec::mul_low32(word[0], mul0), b = Vec::mul_low32(word[2], mul1);
+      word[0] = (b >> 32) ^ word[1] ^ key_low_[round];
+      word[1] = b;
+      word[2] = (a >> 32) ^ word[3] ^ key_high_[round];
+      word[3] = a;
+    }
+  }
+
+ private:
+  U64 position_low_, position_high_;
+  U64 key_low_[10], key_high_[10];
 };
 
 }  // namespace

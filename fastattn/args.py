@@ -74,7 +74,7 @@ class KVAppendArgs:
 
 @dataclass(frozen=True, slots=True)
 class SamplingArgs:
-    """One draw per row. A parameter is a number for all rows, or a contiguous (batch,) tensor beside the logits."""
+    """One draw per row. A parameter is a number for all rows, or a contiguous (batch,) tensor."""
 
     logits: Tensor  # (batch, vocab), stride(-1) == 1
     temperature: float | Tensor  # float64, 0 = greedy, inf = uniform

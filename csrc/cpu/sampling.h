@@ -11,6 +11,16 @@ namespace {
 
 constexpr int64_t kSerialLogits = int64_t{1} << 16;  // logits below which waking threads costs more than it saves
 
+template <class Vec, class T>
+void mark_kept(const Row<Vec, T>& row, const Cut& cut, bool* kept) {
+  float lanes[Vec::kLanes];
+  for (int64_t id = 0; id < row.size(); ++id) {
+    const int lane = static_cast<int>(id % Vec::kLanes);
+    if (lane == 0) Vec::load(row.chunk(id / row.kChunk) + id % row.kChunk).store(lanes);
+    kept[id] = cut.keeps(lanes[lane], static_cast<int32_t>(id));
+  }
+}
+
 // One row, on one thread. Returns the token, or -SamplingError.
 template <class Vec, class T>
 int64_t sample_row(const SamplingParams& p, int64_t index) {
@@ -30,7 +40,11 @@ int64_t sample_row(const SamplingParams& p, int64_t index) {
   if (max == -kMinusInfinity) return -kHasInf;
   if (max == kMinusInfinity) return -kNothingFinite;
   const int32_t best = row.find_maximum(max);
-  if (temperature == 0.0 || top_k == 1 || top_p == 0.0) return best;
+  bool* kept = p.kept ? p.kept + index * p.vocab : nullptr;
+  if (temperature == 0.0 || top_k == 1 || top_p == 0.0) {
+    if (kept) mark_kept(row, {max, best}, kept);
+    return best;
+  }
 
   const Softmax<Vec> softmax(max, temperature);
   Candidates candidates = {memory + maxima, reinterpret_cast<int32_t*>(memory + maxima + list),
@@ -50,6 +64,7 @@ int64_t sample_row(const SamplingParams& p, int64_t index) {
     if (least > cut.value) cut = {least, INT32_MAX};
   }
 
+  if (kept) mark_kept(row, cut, kept);
   Race<Vec> race(NoiseStream(static_cast<uint64_t>(p.seeds[index]), static_cast<uint64_t>(p.positions[index])), softmax,
                  cut, best);
   // A list is cheaper to race unless it holds most of the row: it takes a Philox block a token, the row one for four.

@@ -39,21 +39,18 @@ class Softmax {
 
   U64 mass(F64 x) const {
     const F64 round_to_integer = F64{} + 0x1.8p52;
-    F64 t = (x - max_) * log2_scale_;
-    t = t > -64.0 ? t : F64{} - 64.0;
-    // 2^t = 2^n 2^r with n = round(t); the polynomial is near-minimax for 2^r on [-1/2, 1/2], within 2^-44.
+    const F64 t = Vec::max_f64((x - max_) * log2_scale_, F64{} - 64.0);
+    // 2^t = 2^n 2^r with n = round(t); the polynomial is near-minimax for 2^r on [-1/2, 1/2], within 2^-44. Its terms
+    // are paired (Estrin), which is half as long a chain of operations as Horner's.
     const F64 shifted = t + round_to_integer;
     const F64 r = t - (shifted - round_to_integer);
-    F64 p = F64{} + 0x1.b63880a30e9ffp-24;
-    p = p * r + 0x1.63d136366db24p-20;
-    p = p * r + 0x1.ffcb9515a8016p-17;
-    p = p * r + 0x1.4308ac85aa947p-13;
-    p = p * r + 0x1.5d87fe86fe88ep-10;
-    p = p * r + 0x1.3b2ab7181b755p-7;
-    p = p * r + 0x1.c6b08d7047e52p-5;
-    p = p * r + 0x1.ebfbdff823cedp-3;
-    p = p * r + 0x1.62e42fefa39efp-1;
-    p = p * r + 1.0;
+    const F64 r2 = r * r, r4 = r2 * r2;
+    const F64 p01 = r * 0x1.62e42fefa39efp-1 + 1.0;
+    const F64 p23 = r * 0x1.c6b08d7047e52p-5 + 0x1.ebfbdff823cedp-3;
+    const F64 p45 = r * 0x1.5d87fe86fe88ep-10 + 0x1.3b2ab7181b755p-7;
+    const F64 p67 = r * 0x1.ffcb9515a8016p-17 + 0x1.4308ac85aa947p-13;
+    const F64 p89 = r * 0x1.b63880a30e9ffp-24 + 0x1.63d136366db24p-20;
+    const F64 p = (p01 + p23 * r2) + ((p45 + p67 * r2) + p89 * r4) * r4;
     const F64 power = reinterpret_cast<F64>(reinterpret_cast<U64>(p) + (reinterpret_cast<U64>(shifted) << 52));
     const F64 unit = F64{} + 0x1p52 / (int64_t{1} << kMassBits);  // its last place is one unit of mass
     return reinterpret_cast<U64>(power + unit) - reinterpret_cast<U64>(unit);
@@ -182,8 +179,8 @@ float bound_of_largest(const Row<Vec, T>& row, int64_t k, Candidates* c) {
 // top_k: the candidates are then those >= the cut's value or a little more.
 template <class Vec, class T>
 Cut cut_top_k(const Row<Vec, T>& row, int64_t k, Candidates* c) {
-  Cut cut;
-  row.gather(bound_of_largest(row, k, c), c);
+  Cut cut{bound_of_largest(row, k, c), INT32_MAX};
+  row.gather(cut.value, c);
   if (c->n > k) cut_prefix<Vec>(*c, static_cast<uint64_t>(k), Counting{}, &cut);
   return cut;
 }
@@ -262,6 +259,7 @@ Cut cut_top_p(const Row<Vec, T>& row, double top_p, const Softmax<Vec>& softmax,
 template <class Vec>
 float least_logit(double min_p, const Softmax<Vec>& softmax) {
   const double least = __builtin_log(min_p);
+  if (softmax.log_odds(kLowest) >= least) return kLowest;
   const float guess = softmax.logit_at(least * 1.4426950408889634);
   uint32_t key = sort_key(guess);
   while (key < sort_key(softmax.max()) && softmax.log_odds(from_sort_key(key)) < least) ++key;

@@ -19,7 +19,7 @@ class Race {
 
   // The first token to run is `id`, one with the largest logit: it makes most others hopeless.
   Race(const NoiseStream& stream, const Softmax<Vec>& softmax, const Cut& cut, int32_t id)
-      : stream_(stream), softmax_(softmax), cut_(cut), half_max_(Vec::set1(0.5f * softmax.max())) {
+      : noise_(stream), softmax_(softmax), cut_(cut), minus_half_max_(Vec::set1(-0.5f * softmax.max())) {
     // Bounds work on halves: the difference of two finite floats may overflow, that of their halves does not.
     const double scale = 2.0 * softmax.log2_scale();
     half_scale_ = Vec::set1(scale < __FLT_MAX__ ? static_cast<float>(scale) : __FLT_MAX__);
@@ -40,13 +40,15 @@ class Race {
                        for (int i = 0; i < Row<Vec, T>::kChunk; i += kStep) {
                          const Vec x[2] = {Vec::load(chunk + i), Vec::load(chunk + i + Vec::kLanes)};
                          const Vec least = Vec::set1(least_);
-                         if (!lane_bits((least <= x[0]) | (least <= x[1]))) continue;
+                         const uint32_t able[2] = {lane_bits(least <= x[0]), lane_bits(least <= x[1])};
+                         if (!(able[0] | able[1])) continue;
                          const int32_t id = first_id + i;
-                         const PhiloxLanes<Vec> noise(blocks + static_cast<uint64_t>(id / 4), stream_);
-                         const U64 low = pair(noise.word[0], noise.word[1]), high = pair(noise.word[2], noise.word[3]);
+                         U64 word[4];
+                         noise_.generate(blocks + static_cast<uint64_t>(id / 4), word);
+                         const U64 low = pair(word[0], word[1]), high = pair(word[2], word[3]);
                          const U64 words[2] = {Vec::even_pairs(low, high), Vec::odd_pairs(low, high)};
                          for (int half = 0; half < 2; ++half)
-                           run_lanes(x[half], reinterpret_cast<U32>(words[half]),
+                           run_lanes(x[half], reinterpret_cast<U32>(words[half]), able[half],
                                      [&](int lane) { return id + half * Vec::kLanes + lane; });
                        }
                      });
@@ -62,11 +64,12 @@ class Race {
           padded[lane] = i + lane < c.n ? c.values[i + lane] : kMinusInfinity;
         x = Vec::load(padded);
       }
-      if (!lane_bits(Vec::set1(least_) <= x)) continue;
+      const uint32_t able = lane_bits(Vec::set1(least_) <= x);
+      if (!able) continue;
       U64 ids;
       memcpy(&ids, c.ids + i, sizeof ids);
       const U64 words = pair(words_of(ids & 0xffffffffu), words_of(ids >> 32));
-      run_lanes(x, reinterpret_cast<U32>(words), [&](int lane) { return c.ids[i + lane]; });
+      run_lanes(x, reinterpret_cast<U32>(words), able, [&](int lane) { return c.ids[i + lane]; });
     }
   }
 
@@ -75,10 +78,10 @@ class Race {
   static U64 pair(U64 a, U64 b) { return (a & 0xffffffffu) | (b << 32); }
 
   U64 words_of(U64 ids) const {
-    const PhiloxLanes<Vec> noise(ids >> 2, stream_);
+    U64 word[4];
+    noise_.generate(ids >> 2, word);
     const U64 odd = U64{} - (ids & 1), upper = U64{} - (ids >> 1 & 1);  // all ones or zero
-    const U64 low = (noise.word[1] & odd) | (noise.word[0] & ~odd),
-              high = (noise.word[3] & odd) | (noise.word[2] & ~odd);
+    const U64 low = (word[1] & odd) | (word[0] & ~odd), high = (word[3] & odd) | (word[2] & ~odd);
     return (high & upper) | (low & ~upper);
   }
 
@@ -87,14 +90,14 @@ class Race {
   // signed conversion, which makes v smaller: still a bound.
   Vec bound(Vec x, U32 words) const {
     const Vec v = Vec::from_int(~words >> 1);  // v * 2^31
-    const Vec noise = Vec::set1(158.0f) - Vec::from_int(as_bits(v)) * Vec::set1(0x1p-23f);
-    return (x * Vec::set1(0.5f) - half_max_) * half_scale_ + noise;
+    const Vec noise = fma(Vec::from_int(as_bits(v)), Vec::set1(-0x1p-23f), Vec::set1(158.0f));
+    return fma(fma(x, Vec::set1(0.5f), minus_half_max_), half_scale_, noise);
   }
 
   template <class IdOf>
-  void run_lanes(Vec x, U32 words, IdOf&& id_of) {
+  void run_lanes(Vec x, U32 words, uint32_t able, IdOf&& id_of) {
     // A NaN, from (-inf) * 0, is never less than anything: -inf does not run.
-    uint32_t chosen = lane_bits(Vec::set1(to_beat_) < bound(x, words)) & lane_bits(Vec::set1(least_) <= x);
+    uint32_t chosen = able & lane_bits(Vec::set1(to_beat_) < bound(x, words));
     if (!chosen) return;
     float logits[Vec::kLanes];
     x.store(logits);
@@ -117,10 +120,10 @@ class Race {
     least_ = reach > cut_.value ? reach : cut_.value;
   }
 
-  NoiseStream stream_;
+  PhiloxLanes<Vec> noise_;
   Softmax<Vec> softmax_;
   Cut cut_;
-  Vec half_max_, half_scale_;
+  Vec minus_half_max_, half_scale_;
   double best_ = -__builtin_inf();
   int32_t winner_ = -1;
   float to_beat_, least_;

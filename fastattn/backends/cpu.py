@@ -206,6 +206,17 @@ def silu_mul(gate_up: Tensor) -> Tensor:
 
 def sample(args: SamplingArgs) -> Tensor:
     """One token per row, (batch,) int64."""
+    return _sample(args, None)
+
+
+def survivors(args: SamplingArgs) -> Tensor:
+    """Which tokens the filters keep, (batch, vocab) bool; a greedy row keeps one."""
+    kept = torch.empty(args.logits.shape, dtype=torch.bool)
+    _sample(args, kept)
+    return kept
+
+
+def _sample(args: SamplingArgs, kept: Tensor | None) -> Tensor:
     logits = args.logits
     batch, vocab = logits.shape
     tokens = torch.empty(batch, dtype=torch.int64)
@@ -222,6 +233,7 @@ def sample(args: SamplingArgs) -> Tensor:
         _number_or_address(args.seeds),
         _number_or_address(args.positions),
         tokens.data_ptr(),
+        0 if kept is None else kept.data_ptr(),
         torch.get_num_threads(),
     )
     if failed >= 0:
@@ -230,7 +242,7 @@ def sample(args: SamplingArgs) -> Tensor:
 
 
 def _number_or_address(value: float | Tensor) -> float | tuple[int]:
-    return (value.data_ptr(),) if isinstance(value, Tensor) else value
+    return value if type(value) is float or type(value) is int else (value.data_ptr(),)
 
 
 def _unit_stride(x: Tensor) -> Tensor:

@@ -11,8 +11,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from fastattn.backends.reference_sampling import sample
+
 if TYPE_CHECKING:
     from fastattn.args import AttentionArgs, KVAppendArgs, SamplingArgs
+
+__all__ = ["FEATURES", "NAME", "append_kv", "attention", "sample", "supports", "unavailable"]
 
 NAME = "reference"
 FEATURES = frozenset({"window", "softcap", "alibi", "bias", "mask", "sinks", "gradients"})

@@ -91,6 +91,7 @@ struct VecAvx2 {
   static VecAvx2 from_int(U32 x) { return {_mm256_cvtepi32_ps(reinterpret_cast<__m256i>(x))}; }  // signed
   friend F64 widen_low(VecAvx2 v) { return _mm256_cvtps_pd(_mm256_castps256_ps128(v.r)); }
   friend F64 widen_high(VecAvx2 v) { return _mm256_cvtps_pd(_mm256_extractf128_ps(v.r, 1)); }
+  static F64 max_f64(F64 a, F64 b) { return _mm256_max_pd(a, b); }
   static U64 mul_low32(U64 a, U64 b) {  // the full products of the low halves
     return reinterpret_cast<U64>(_mm256_mul_epu32(reinterpret_cast<__m256i>(a), reinterpret_cast<__m256i>(b)));
   }

@@ -75,6 +75,7 @@ struct VecAvx512 {
   static VecAvx512 from_int(U32 x) { return {_mm512_cvtepi32_ps(reinterpret_cast<__m512i>(x))}; }  // signed
   friend F64 widen_low(VecAvx512 v) { return _mm512_cvtps_pd(_mm512_castps512_ps256(v.r)); }
   friend F64 widen_high(VecAvx512 v) { return _mm512_cvtps_pd(_mm512_extractf32x8_ps(v.r, 1)); }
+  static F64 max_f64(F64 a, F64 b) { return _mm512_max_pd(a, b); }
   static U64 mul_low32(U64 a, U64 b) {  // the full products of the low halves
     return reinterpret_cast<U64>(_mm512_mul_epu32(reinterpret_cast<__m512i>(a), reinterpret_cast<__m512i>(b)));
   }

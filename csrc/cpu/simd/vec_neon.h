@@ -100,6 +100,7 @@ struct VecNeon {
   static VecNeon from_int(U32 x) { return {vcvtq_f32_s32(reinterpret_cast<int32x4_t>(x))}; }  // signed
   friend F64 widen_low(VecNeon v) { return reinterpret_cast<F64>(vcvt_f64_f32(vget_low_f32(v.r))); }
   friend F64 widen_high(VecNeon v) { return reinterpret_cast<F64>(vcvt_high_f64_f32(v.r)); }
+  static F64 max_f64(F64 a, F64 b) { return a > b ? a : b; }
   static U64 mul_low32(U64 a, U64 b) {  // the full products of the low halves
     const uint32x2_t x = vmovn_u64(reinterpret_cast<uint64x2_t>(a)), y = vmovn_u64(reinterpret_cast<uint64x2_t>(b));
     return reinterpret_cast<U64>(vmull_u32(x, y));

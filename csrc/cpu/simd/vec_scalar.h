@@ -162,6 +162,7 @@ struct VecScalar {
   static VecScalar from_int(U32 x) { return {__builtin_convertvector(reinterpret_cast<Int>(x), Reg)}; }  // signed
   friend F64 widen_low(VecScalar v) { return F64{v.r[0], v.r[1]}; }
   friend F64 widen_high(VecScalar v) { return F64{v.r[2], v.r[3]}; }
+  static F64 max_f64(F64 a, F64 b) { return a > b ? a : b; }
   static U64 mul_low32(U64 a, U64 b) { return (a & 0xffffffffu) * (b & 0xffffffffu); }  // products of the low halves
   static U64 even_pairs(U64 a, U64 b) { return U64{a[0], b[0]}; }                       // a0 b0
   static U64 odd_pairs(U64 a, U64 b) { return U64{a[1], b[1]}; }                        // a1 b1
