@@ -21,6 +21,7 @@ FLOORS = {
     "fastattn.sampling": 6,
     "fastattn.linear": 6,
     "fastattn.fused": 6,
+    "fastattn.fused": 6,
     "fastattn.model": 7,
     "fastattn.tokenizer": 8,
     "fastattn.vocabulary": 8,

@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastattn.attention import attention_with_kvcache
+from fastattn.fused import rms_norm, silu_mul
 from fastattn.linear import PackedLinear
 from fastattn.model.config import ModelConfig, RopeConfig
 from fastattn.model.kv_cache import KVCache
@@ -41,12 +42,11 @@ class RMSNorm:
 
     def __init__(self, weight: Tensor, eps: float) -> None:
         self.weight = weight  # (hidden,)
-        self.shape = tuple(weight.shape)
         self.eps = eps
 
     def __call__(self, x: Tensor) -> Tensor:
         """x (tokens, hidden) float32 -> the same."""
-        return F.rms_norm(x, self.shape, self.weight, self.eps)  # (tokens, hidden)
+        return rms_norm(x, self.weight, self.eps)  # (tokens, hidden)
 
 
 class LayerNorm:
@@ -82,12 +82,16 @@ class GatedMLP:
     def __init__(self, gate_up: PackedLinear, down: PackedLinear, activation: str) -> None:
         self.gate_up = gate_up  # weight (2 * ffn, hidden), gate first
         self.down = down
-        self.activation = ACTIVATIONS[activation]
+        self.combine = silu_mul if activation == "silu" else partial(_gate, ACTIVATIONS[activation])
 
     def __call__(self, x: Tensor) -> Tensor:
         """x (tokens, hidden) float32 -> the same."""
-        gate, up = self.gate_up(x).chunk(2, dim=-1)  # each (tokens, ffn)
-        return self.down(self.activation(gate).mul_(up))  # (tokens, hidden)
+        return self.down(self.combine(self.gate_up(x)))  # (tokens, hidden)
+
+
+def _gate(activation: Callable[[Tensor], Tensor], gate_up: Tensor) -> Tensor:
+    gate, up = gate_up.chunk(2, dim=-1)  # each (tokens, ffn)
+    return activation(gate).mul_(up)  # (tokens, ffn)
 
 
 class Rotary:
