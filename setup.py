@@ -30,6 +30,7 @@ class CMakeBuild(build_ext):
     """One CMake configure and build per extension; the build folder is kept, so a second build is incremental."""
 
     def build_extension(self, ext: Extension) -> None:
+        """Configure and build ``ext`` where setuptools wants it."""
         import pybind11
 
         output = Path(self.get_ext_fullpath(ext.name)).resolve()

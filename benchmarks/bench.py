@@ -23,7 +23,9 @@ from shapes import DECODE, FORWARD, Shape
 
 import fastattn
 
-sys.path.insert(0, str(ROOT / "tests"))  # the peer model is built by the script that also makes the test fixture
+sys.path.insert(
+    0, str(ROOT / "tests")
+)  # the peer model is built by the script that also makes the test fixture
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -31,13 +33,17 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 def measure_shape(shape: Shape, dtype: torch.dtype) -> dict[str, Any]:
     """Seconds of ours and of torch SDPA on one shape; each gets its own favourite layout, contiguous."""
     q = torch.randn(shape.batch, shape.seqlen_q, shape.nheads, shape.headdim).to(dtype)
-    k, v = (torch.randn(shape.batch, shape.seqlen_k, shape.nheads_k, shape.headdim).to(dtype) for _ in range(2))
+    k, v = (
+        torch.randn(shape.batch, shape.seqlen_k, shape.nheads_k, shape.headdim).to(dtype) for _ in range(2)
+    )
     qt, kt, vt = (x.transpose(1, 2).contiguous() for x in (q, k, v))
     gqa = shape.nheads != shape.nheads_k
     return alternate(
         {
             "fastattn": lambda: fastattn.attention(q, k, v, causal=shape.causal, backend="cpu"),
-            "sdpa": lambda: F.scaled_dot_product_attention(qt, kt, vt, is_causal=shape.causal, enable_gqa=gqa),
+            "sdpa": lambda: F.scaled_dot_product_attention(
+                qt, kt, vt, is_causal=shape.causal, enable_gqa=gqa
+            ),
         }
     )
 
@@ -49,7 +55,9 @@ def bench_attention() -> dict[str, Any]:
     rows = []
     for kind, shapes in (("forward", FORWARD), ("decode", DECODE)):
         unit = "GFLOP/s" if kind == "forward" else "GB/s"
-        print(f"\n{kind:34s} {'dtype':9s} {'fastattn':>9s} {'SDPA':>8s} {unit:8s} {'limit':>6s} {'speed-up':>8s}")
+        print(
+            f"\n{kind:34s} {'dtype':9s} {'fastattn':>9s} {'SDPA':>8s} {unit:8s} {'limit':>6s} {'speed-up':>8s}"
+        )
         for shape in shapes:
             for name, dtype in DTYPES.items():
                 times = measure_shape(shape, dtype)
@@ -94,9 +102,11 @@ def bench_generate() -> dict[str, Any]:
     bandwidth = read_bandwidth()
     ids = torch.randint(0, 49152, (PROMPT_TOKENS,), generator=torch.Generator().manual_seed(0))
     rows = []
-    print(f"{'SmolLM2-135M':10s} {'dtype':9s} {'':8s} {'fastattn':>9s} {'transformers':>12s} {'speed-up':>8s}")
+    print(
+        f"{'SmolLM2-135M':10s} {'dtype':9s} {'':8s} {'fastattn':>9s} {'transformers':>12s} {'speed-up':>8s}"
+    )
     for name in ("float32", "bfloat16"):
-        decoder, file = load_decoder(path, dtype=DTYPES[name])
+        decoder, _ = load_decoder(path, dtype=DTYPES[name])
         peer = peer.to(DTYPES[name])
         weights = sum(p.numel() for p in peer.parameters()) * DTYPES[name].itemsize
 
@@ -138,17 +148,32 @@ def bench_generate() -> dict[str, Any]:
             )
     first = first_token_seconds()
     print(f"from command to first token: {first:.2f} s")
-    return {"environment": environment(), "read_bandwidth": bandwidth, "rows": rows, "first_token_seconds": first}
+    return {
+        "environment": environment(),
+        "read_bandwidth": bandwidth,
+        "rows": rows,
+        "first_token_seconds": first,
+    }
 
 
 def first_token_seconds() -> float:
     """Wall time from starting the command to its first byte of text, best of three."""
-    command = [sys.executable, "-m", "fastattn", "generate", "--max-new-tokens", "4", "The capital of France is"]
+    command = [
+        sys.executable,
+        "-m",
+        "fastattn",
+        "generate",
+        "--max-new-tokens",
+        "4",
+        "The capital of France is",
+    ]
     best = float("inf")
     for _ in range(3):
         start = time.perf_counter()
         env = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
-        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=env, cwd=Path.home()) as run:
+        with subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=env, cwd=Path.home()
+        ) as run:
             assert run.stdout is not None
             run.stdout.read(1)
             best = min(best, time.perf_counter() - start)
@@ -156,7 +181,9 @@ def first_token_seconds() -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("what", choices=["attention", "generate"])
     parser.add_argument("--save", action="store_true", help="write benchmarks/results/<what>.json")
     parser.add_argument("--threads", type=int, help="default: torch's")

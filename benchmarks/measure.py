@@ -23,7 +23,9 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 
 
-def alternate(calls: dict[str, Callable[[], Any]], seconds: float = 1.0, rounds: int = 5) -> dict[str, dict[str, float]]:
+def alternate(
+    calls: dict[str, Callable[[], Any]], seconds: float = 1.0, rounds: int = 5
+) -> dict[str, dict[str, float]]:
     """Seconds per call as ``{"min", "median"}`` by name: the calls take turns, so that drift hits all alike.
 
     At least ``rounds`` rounds, and as many as fit in ``seconds``.
@@ -64,8 +66,12 @@ def read_bandwidth(megabytes: int = 1024) -> float:
 
 def environment() -> dict[str, Any]:
     """What the figures depend on."""
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout
-    changed = subprocess.run(["git", "status", "--porcelain", "csrc", "fastattn"], cwd=ROOT, capture_output=True, text=True)
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True
+    ).stdout
+    changed = subprocess.run(
+        ["git", "status", "--porcelain", "csrc", "fastattn"], cwd=ROOT, capture_output=True, text=True
+    )
     return {
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M"),
         "commit": commit.strip() + ("+changes" if changed.stdout.strip() else ""),

@@ -25,14 +25,18 @@ def attention_table(record: dict[str, Any]) -> list[str]:
     for row in record["rows"]:
         forward = row["kind"] == "forward"
         unit = "GFLOP/s" if forward else "GB/s"
-        work = f"{row['seqlen_q']} tokens{', causal' if row['causal'] else ''}" if forward else f"1 query, {row['seqlen_k']} keys"
+        work = (
+            f"{row['seqlen_q']} tokens{', causal' if row['causal'] else ''}"
+            if forward
+            else f"1 query, {row['seqlen_k']} keys"
+        )
         shape = f"{row['model']}: {work} ({row['nheads']}/{row['nheads_k']}, {row['headdim']})"
         ours, theirs = row["rate"]["fastattn"] / 1e9, row["rate"]["sdpa"] / 1e9
         lines.append(
             f"| {shape} | {row['dtype']} | {ours:.0f} {unit} | {theirs:.0f} | {row['share_of_limit']:.0%} | "
             f"{row['speedup']:.1f}x, {row['speedup_median']:.1f}x |"
         )
-    return lines + ["", footnote(record["environment"])]
+    return [*lines, "", footnote(record["environment"])]
 
 
 def generate_table(record: dict[str, Any]) -> list[str]:
@@ -49,7 +53,7 @@ def generate_table(record: dict[str, Any]) -> list[str]:
             f"{row['speedup']:.1f}x, {row['speedup_median']:.1f}x |"
         )
     first = f"From the command to the first token of text: {record['first_token_seconds']:.1f} s."
-    return lines + ["", first + " " + footnote(record["environment"])]
+    return [*lines, "", first + " " + footnote(record["environment"])]
 
 
 def footnote(environment: dict[str, Any]) -> str:
@@ -67,11 +71,10 @@ def render(text: str) -> str:
         path = RESULTS / f"{name}.json"
         if not path.exists():
             continue
-        block = "\n".join(table(json.loads(path.read_text())))
         begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
-        text, count = re.subn(
-            f"{re.escape(begin)}.*?{re.escape(end)}", lambda _, b=block: f"{begin}\n{b}\n{end}", text, flags=re.DOTALL
-        )
+        block = "\n".join((begin, *table(json.loads(path.read_text())), end))
+        pattern = f"{re.escape(begin)}.*?{re.escape(end)}"
+        text, count = re.subn(pattern, block.replace("\\", r"\\"), text, flags=re.DOTALL)
         if count != 1:
             raise SystemExit(f"README.md: expected one pair of markers {begin} ... {end}, found {count}")
     return text
@@ -82,7 +85,9 @@ def main() -> None:
     text = readme.read_text()
     made = render(text)
     if "--check" in sys.argv:
-        raise SystemExit(0 if made == text else "README.md differs from benchmarks/results: run benchmarks/report.py")
+        raise SystemExit(
+            0 if made == text else "README.md differs from benchmarks/results: run benchmarks/report.py"
+        )
     readme.write_text(made)
 
 

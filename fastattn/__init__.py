@@ -7,7 +7,7 @@ model through them. ``python -m fastattn.doctor`` says what this machine has and
 from __future__ import annotations
 
 # torch first: its OpenMP runtime must be the one that our extension binds to (two pools would fight for the cores).
-import torch as _torch  # noqa: F401, I001
+import torch as _torch  # noqa: F401
 
 from fastattn.attention import attention, attention_with_kvcache
 from fastattn.backends import available_backends

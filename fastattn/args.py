@@ -9,7 +9,6 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-
 NO_FEATURES: frozenset[str] = frozenset()
 
 
@@ -32,6 +31,11 @@ class AttentionArgs:
     seqlens_k: Tensor | None = None  # (batch,) int32: how many keys of each row count; None = all
     return_lse: bool = False
     needs_grad: bool = False
+
+    @property
+    def subject(self) -> Tensor:
+        """The tensor whose dtype and device decide which backend can serve."""
+        return self.q
 
     def features(self) -> frozenset[str]:
         """Names of what this call needs beyond plain (causal) attention."""
@@ -71,6 +75,15 @@ class KVAppendArgs:
     rotary_interleaved: bool = True
     rotary_per_row: bool = True  # each query at its own position (causal), or all at cache_seqlens
 
+    @property
+    def subject(self) -> Tensor:
+        """The tensor whose dtype and device decide which backend can serve."""
+        return self.q
+
+    def features(self) -> frozenset[str]:
+        """Every backend that attends can append."""
+        return NO_FEATURES
+
 
 @dataclass(frozen=True, slots=True)
 class SamplingArgs:
@@ -84,6 +97,11 @@ class SamplingArgs:
     seeds: int | Tensor  # int64, the key's 64 bits
     positions: int | Tensor  # int64
     extra_features: frozenset[str] = frozenset()
+
+    @property
+    def subject(self) -> Tensor:
+        """The tensor whose dtype and device decide which backend can serve."""
+        return self.logits
 
     def features(self) -> frozenset[str]:
         """Names of what this call needs beyond temperature, top_k, top_p and min_p."""

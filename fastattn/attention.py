@@ -215,7 +215,9 @@ def _check_qkv(q: Tensor, k: Tensor, v: Tensor, names: tuple[str, str] = ("k", "
     check_like(names[1], v, "q", q)
     nheads, nheads_k = q.shape[2], k.shape[2]
     if nheads_k == 0 or nheads % nheads_k:
-        raise ValueError(f"{names[0]}: expected nheads_k that divides nheads={nheads}, got nheads_k={nheads_k}")
+        raise ValueError(
+            f"{names[0]}: expected nheads_k that divides nheads={nheads}, got nheads_k={nheads_k}"
+        )
     if not 1 <= q.shape[3] <= MAX_HEADDIM:
         raise ValueError(f"q: expected headdim from 1 to {MAX_HEADDIM}, got {q.shape[3]}")
     raise ValueError(f"{names[1]}: expected headdim_v from 1 to {MAX_HEADDIM}, got {v.shape[3]}")
@@ -231,7 +233,9 @@ def _check_modifiers(args: AttentionArgs) -> None:
         raise ValueError(f"softcap: expected 0 together with dropout_p={args.dropout_p}, got {args.softcap}")
     if args.attn_bias is not None:
         if not args.attn_bias.is_floating_point():
-            raise TypeError(f"attn_bias: expected a float dtype, got {args.attn_bias.dtype} (bool masks: attn_mask)")
+            raise TypeError(
+                f"attn_bias: expected a float dtype, got {args.attn_bias.dtype} (bool masks: attn_mask)"
+            )
         check_broadcast("attn_bias", args.attn_bias, scores)
     if args.attn_mask is not None:
         check_dtype("attn_mask", args.attn_mask, (torch.bool,))
@@ -243,7 +247,9 @@ def _check_modifiers(args: AttentionArgs) -> None:
                 f"got {tuple(args.alibi_slopes.shape)}"
             )
         if args.alibi_slopes.requires_grad:
-            raise ValueError("alibi_slopes: expected a tensor without requires_grad, its gradient is not defined")
+            raise ValueError(
+                "alibi_slopes: expected a tensor without requires_grad, its gradient is not defined"
+            )
     if args.sinks is not None:
         Shapes(nheads=nheads).match("sinks", args.sinks, "nheads")
 
@@ -287,7 +293,9 @@ def _check_append(args: KVAppendArgs, longest: int) -> None:
             )
 
 
-def _cache_seqlens(given: int | Tensor | None, q: Tensor, k_cache: Tensor, k: Tensor | None) -> tuple[Tensor, int]:
+def _cache_seqlens(
+    given: int | Tensor | None, q: Tensor, k_cache: Tensor, k: Tensor | None
+) -> tuple[Tensor, int]:
     """The number of valid cache rows before the append, as (batch,) int32, and the largest of them."""
     batch, seqlen_cache = k_cache.shape[:2]
     if given is None:

@@ -72,9 +72,7 @@ def check_range(name: str, value: float, low: float, high: float) -> None:
 
 def check_broadcast(name: str, tensor: Tensor, target: tuple[int, ...]) -> None:
     """ValueError unless ``tensor`` broadcasts to ``target``."""
-    try:
-        fits = torch.broadcast_shapes(tuple(tensor.shape), target) == torch.Size(target)
-    except RuntimeError:
-        fits = False
+    shape = tuple(tensor.shape)
+    fits = len(shape) <= len(target) and all(n in (1, m) for n, m in zip(shape[::-1], target[::-1]))
     if not fits:
         raise ValueError(f"{name}: expected a shape that broadcasts to {target}, got {tuple(tensor.shape)}")

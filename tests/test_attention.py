@@ -85,7 +85,9 @@ def test_random_calls(data):
     assert out.shape == (batch, seqlen_q, nheads_k * group, headdim_v)
     assert out.dtype == dtype
     assert lse.shape == (batch, nheads_k * group, seqlen_q)
-    rtol, atol = {torch.float32: (1e-4, 1e-5), torch.bfloat16: (1e-2, 1e-2), torch.float16: (2e-3, 2e-3)}[dtype]
+    rtol, atol = {torch.float32: (1e-4, 1e-5), torch.bfloat16: (1e-2, 1e-2), torch.float16: (2e-3, 2e-3)}[
+        dtype
+    ]
     torch.testing.assert_close(out.double(), truth, rtol=rtol, atol=atol)
     torch.testing.assert_close(lse.double(), lse64, rtol=1e-4, atol=1e-4)
 
@@ -103,7 +105,9 @@ def test_strides(isa):
     assert torch.equal(attention(*dim_strided, causal=True, backend="cpu"), expected)
     shared = k[:, :, :1].expand(-1, -1, 4, -1)
     assert shared.stride(2) == 0
-    assert torch.equal(attention(q, shared, v, backend="cpu"), attention(q, shared.contiguous(), v, backend="cpu"))
+    assert torch.equal(
+        attention(q, shared, v, backend="cpu"), attention(q, shared.contiguous(), v, backend="cpu")
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
@@ -115,7 +119,9 @@ def test_bits_do_not_depend_on_threads_or_batch(isa, threads, dtype, seqlen_q, s
     for count in (2, 3, 4):
         torch.set_num_threads(count)
         assert torch.equal(attention(q, k, v, causal=True, backend="cpu"), expected), f"{count} threads"
-    alone = torch.cat([attention(q[b : b + 1], k[b : b + 1], v[b : b + 1], causal=True, backend="cpu") for b in range(3)])
+    alone = torch.cat(
+        [attention(q[b : b + 1], k[b : b + 1], v[b : b + 1], causal=True, backend="cpu") for b in range(3)]
+    )
     assert torch.equal(alone, expected)
     order = [2, 0, 1]
     assert torch.equal(attention(q[order], k[order], v[order], causal=True, backend="cpu"), expected[order])

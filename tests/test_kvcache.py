@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -17,8 +18,10 @@ def rotate64(x, cos, sin, positions, interleaved):
     """Rotary by complex multiplication: x (seqlen, heads, headdim), positions (seqlen,)."""
     half = cos.shape[1]
     x = x.double()
-    pairs = x[..., : 2 * half].reshape(*x.shape[:-1], half, 2) if interleaved else torch.stack(
-        (x[..., :half], x[..., half : 2 * half]), dim=-1
+    pairs = (
+        x[..., : 2 * half].reshape(*x.shape[:-1], half, 2)
+        if interleaved
+        else torch.stack((x[..., :half], x[..., half : 2 * half]), dim=-1)
     )
     angle = torch.complex(cos.double(), sin.double())[positions][:, None]
     turned = torch.view_as_real(torch.view_as_complex(pairs.contiguous()) * angle)
@@ -43,7 +46,9 @@ def test_append_rotate_attend(dtype, seqlen_new, causal, rotary_dim, interleaved
     seqlens = [0, 80, 33]
     q = torch.randn(batch, seqlen_new, nheads, headdim).to(dtype)
     k, v = (torch.randn(batch, seqlen_new, nheads_k, headdim).to(dtype) for _ in range(2))
-    k_cache, v_cache = (torch.full((batch, capacity, nheads_k, headdim), math.nan).to(dtype) for _ in range(2))
+    k_cache, v_cache = (
+        torch.full((batch, capacity, nheads_k, headdim), math.nan).to(dtype) for _ in range(2)
+    )
     for row, length in enumerate(seqlens):
         k_cache[row, :length] = torch.randn(length, nheads_k, headdim).to(dtype)
         v_cache[row, :length] = torch.randn(length, nheads_k, headdim).to(dtype)
@@ -52,9 +57,19 @@ def test_append_rotate_attend(dtype, seqlen_new, causal, rotary_dim, interleaved
     lengths = torch.tensor(seqlens, dtype=torch.int32)
 
     out, lse = attention_with_kvcache(
-        q, k_cache, v_cache, k, v, cache_seqlens=lengths, rotary_cos=cos, rotary_sin=sin,
-        rotary_interleaved=interleaved, causal=causal, return_lse=True, backend=backend,
-    )  # fmt: skip
+        q,
+        k_cache,
+        v_cache,
+        k,
+        v,
+        cache_seqlens=lengths,
+        rotary_cos=cos,
+        rotary_sin=sin,
+        rotary_interleaved=interleaved,
+        causal=causal,
+        return_lse=True,
+        backend=backend,
+    )
 
     tolerance = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}[dtype]
     for row, length in enumerate(seqlens):
@@ -86,13 +101,22 @@ def test_steps_equal_one_prefill_to_the_bit(isa):
     def run(cuts):
         k_cache, v_cache = (torch.zeros(1, seqlen, nheads_k, headdim) for _ in range(2))
         outs = []
-        for begin, end in zip(cuts, cuts[1:]):
+        for begin, end in pairwise(cuts):
             part = slice(begin, end)
             outs.append(
                 attention_with_kvcache(
-                    q[:, part], k_cache, v_cache, k[:, part], v[:, part], cache_seqlens=begin,
-                    rotary_cos=cos, rotary_sin=sin, rotary_interleaved=False, causal=True, backend="cpu",
-                )  # fmt: skip
+                    q[:, part],
+                    k_cache,
+                    v_cache,
+                    k[:, part],
+                    v[:, part],
+                    cache_seqlens=begin,
+                    rotary_cos=cos,
+                    rotary_sin=sin,
+                    rotary_interleaved=False,
+                    causal=True,
+                    backend="cpu",
+                )
             )
         return torch.cat(outs, dim=1), k_cache, v_cache
 
@@ -121,7 +145,9 @@ def test_cache_in_any_layout(isa):
     stored_k, stored_v = torch.randn(2, 2, 50, 32), torch.randn(2, 2, 50, 32)
     plain_k, plain_v = stored_k.transpose(1, 2).contiguous(), stored_v.transpose(1, 2).contiguous()
     lengths = torch.tensor([3, 49], dtype=torch.int64)
-    out = attention_with_kvcache(q, stored_k.transpose(1, 2), stored_v.transpose(1, 2), k, v, cache_seqlens=lengths)
+    out = attention_with_kvcache(
+        q, stored_k.transpose(1, 2), stored_v.transpose(1, 2), k, v, cache_seqlens=lengths
+    )
     expected = attention_with_kvcache(q, plain_k, plain_v, k, v, cache_seqlens=lengths)
     assert torch.equal(out, expected)
     assert torch.equal(stored_k.transpose(1, 2), plain_k)

@@ -14,7 +14,18 @@ from tree import ROOT, run
 
 @pytest.fixture(scope="module")
 def wheel(source) -> Path:
-    run(sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-w", "dist", ".", cwd=source)
+    run(
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "--no-deps",
+        "--no-build-isolation",
+        "-w",
+        "dist",
+        ".",
+        cwd=source,
+    )
     (built,) = (source / "dist").glob("*.whl")
     return built
 
@@ -31,7 +42,12 @@ def test_no_weak_symbols(wheel):
 
 def test_wheel_holds_the_package(wheel):
     names = set(zipfile.ZipFile(wheel).namelist())
-    for name in ("fastattn/__init__.py", "fastattn/backends/cpu.py", "fastattn/model/llama.py", "fastattn/py.typed"):
+    for name in (
+        "fastattn/__init__.py",
+        "fastattn/backends/cpu.py",
+        "fastattn/model/llama.py",
+        "fastattn/py.typed",
+    ):
         assert name in names, name
     assert any(name.startswith("fastattn/_C.") for name in names)
     assert not any(name.startswith(("kernels/", "csrc/", "tests/")) for name in names)

@@ -21,17 +21,37 @@ KERNEL_TESTS = [
 
 
 def test_kernels_under_sanitizers(source):
-    runtime = subprocess.run(["g++", "-print-file-name=libasan.so"], capture_output=True, text=True).stdout.strip()
+    runtime = subprocess.run(
+        ["g++", "-print-file-name=libasan.so"], capture_output=True, text=True
+    ).stdout.strip()
     if "/" not in runtime:
         pytest.skip("the compiler has no AddressSanitizer runtime (libasan.so)")
-    run(sys.executable, "setup.py", "build_ext", "--inplace", cwd=source, FASTATTN_SANITIZE="address,undefined")
+    run(
+        sys.executable,
+        "setup.py",
+        "build_ext",
+        "--inplace",
+        cwd=source,
+        FASTATTN_SANITIZE="address,undefined",
+    )
     preload = {
         "LD_PRELOAD": f"{runtime}:{runtime.replace('libasan', 'libubsan')}",
         "ASAN_OPTIONS": "detect_leaks=0:abort_on_error=1",  # CPython itself leaks at exit
         "UBSAN_OPTIONS": "print_stacktrace=1",
         "PYTHONPATH": str(source),
     }
-    out = run(sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *KERNEL_TESTS, cwd=source, **preload)
+    out = run(
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-x",
+        "-p",
+        "no:cacheprovider",
+        *KERNEL_TESTS,
+        cwd=source,
+        **preload,
+    )
     assert " passed" in out, out
 
     # The sanitizer is really there: a cache length past the end of the buffer is caught.

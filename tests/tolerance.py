@@ -6,7 +6,9 @@ import torch
 from torch import Tensor
 
 
-def assert_accurate(out: Tensor, yardstick: Tensor, truth: Tensor, *, factor: float = 2.0, label: str = "") -> None:
+def assert_accurate(
+    out: Tensor, yardstick: Tensor, truth: Tensor, *, factor: float = 2.0, label: str = ""
+) -> None:
     assert out.shape == truth.shape, label
     if out.numel() == 0:
         return

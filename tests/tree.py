@@ -12,8 +12,12 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def run(*command: object, cwd: Path = ROOT, **environment: str) -> str:
     """Standard output of a command that must succeed."""
-    env = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "FASTATTN_CPU_ISA", "FASTATTN_BACKEND")}
-    done = subprocess.run([str(c) for c in command], cwd=cwd, env={**env, **environment}, capture_output=True, text=True)
+    env = {
+        k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "FASTATTN_CPU_ISA", "FASTATTN_BACKEND")
+    }
+    done = subprocess.run(
+        [str(c) for c in command], cwd=cwd, env={**env, **environment}, capture_output=True, text=True
+    )
     assert done.returncode == 0, f"{done.stdout[-4000:]}\n{done.stderr[-4000:]}"
     return done.stdout
 

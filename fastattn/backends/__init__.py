@@ -69,5 +69,7 @@ def _forced(name: str, args: AttentionArgs | KVAppendArgs | SamplingArgs) -> Mod
         raise RuntimeError(f"backend {name!r} cannot run here: {reason}")
     if reason := module.supports(args):
         able = [n for n, m in BACKENDS.items() if not (m.unavailable() or m.supports(args))]
-        raise NotImplementedError(f"backend {name!r} {reason}; backends that have it: {', '.join(able) or 'none'}")
+        raise NotImplementedError(
+            f"backend {name!r} {reason}; backends that have it: {', '.join(able) or 'none'}"
+        )
     return module

@@ -10,7 +10,9 @@ from torch import Tensor
 
 try:
     from fastattn import _C
-except ImportError as error:  # a source tree that was never built: doctor and the reference backend still work
+except (
+    ImportError
+) as error:  # a source tree that was never built: doctor and the reference backend still work
     _C = None  # type: ignore[assignment]
     _IMPORT_ERROR = str(error)
 
@@ -58,14 +60,14 @@ def unavailable() -> str | None:
 
 def supports(args: AttentionArgs | KVAppendArgs | SamplingArgs) -> str | None:
     """None if this backend can serve the call, else why not."""
-    tensor = args.logits if hasattr(args, "logits") else args.q
+    tensor = args.subject
     if tensor.device.type != "cpu":
         return f"lacks device '{tensor.device.type}'"
     if tensor.dtype not in _DTYPES:
         return f"lacks dtype '{str(tensor.dtype).removeprefix('torch.')}'"
-    if tensor is getattr(args, "logits", None) and tensor.shape[1] > _MAX_VOCAB:
+    if tensor.dim() == 2 and tensor.shape[1] > _MAX_VOCAB:  # logits
         return f"lacks vocabularies above {_MAX_VOCAB}"
-    lacking = sorted(getattr(args, "features", frozenset)() - FEATURES)
+    lacking = sorted(args.features() - FEATURES)
     return f"lacks {', '.join(map(repr, lacking))}" if lacking else None
 
 
@@ -115,7 +117,16 @@ def append_kv(args: KVAppendArgs) -> tuple[Tensor, Tensor]:
         args.cache_seqlens.data_ptr(),
         0 if cos is None else cos.data_ptr(),
         0 if sin is None else sin.data_ptr(),
-        (batch, seqlen_q, k.shape[1], nheads, nheads_k, headdim, headdim_v, 0 if cos is None else cos.shape[1]),
+        (
+            batch,
+            seqlen_q,
+            k.shape[1],
+            nheads,
+            nheads_k,
+            headdim,
+            headdim_v,
+            0 if cos is None else cos.shape[1],
+        ),
         args.rotary_interleaved,
         args.rotary_per_row,
         _DTYPES[q.dtype],
@@ -242,7 +253,7 @@ def _sample(args: SamplingArgs, kept: Tensor | None) -> Tensor:
 
 
 def _number_or_address(value: float | Tensor) -> float | tuple[int]:
-    return value if type(value) is float or type(value) is int else (value.data_ptr(),)
+    return (value.data_ptr(),) if isinstance(value, Tensor) else value
 
 
 def _unit_stride(x: Tensor) -> Tensor:

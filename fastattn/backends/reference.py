@@ -29,8 +29,7 @@ def unavailable() -> str | None:
 
 def supports(args: AttentionArgs | KVAppendArgs | SamplingArgs) -> str | None:
     """None if this backend can serve the call, else why not."""
-    features = getattr(args, "features", frozenset)()
-    lacking = sorted(features - FEATURES)
+    lacking = sorted(args.features() - FEATURES)
     return f"lacks {', '.join(map(repr, lacking))}" if lacking else None
 
 
@@ -39,8 +38,12 @@ def attention(args: AttentionArgs) -> tuple[Tensor, Tensor | None]:
     compute = torch.float64 if args.q.dtype == torch.float64 else torch.float32
     groups = args.q.shape[2] // args.k.shape[2] if args.k.shape[2] else 1
     q = args.q.to(compute).transpose(1, 2)  # (batch, nheads, seqlen_q, headdim)
-    k = args.k.to(compute).transpose(1, 2).repeat_interleave(groups, dim=1)  # (batch, nheads, seqlen_k, headdim)
-    v = args.v.to(compute).transpose(1, 2).repeat_interleave(groups, dim=1)  # (batch, nheads, seqlen_k, headdim_v)
+    k = (
+        args.k.to(compute).transpose(1, 2).repeat_interleave(groups, dim=1)
+    )  # (batch, nheads, seqlen_k, headdim)
+    v = (
+        args.v.to(compute).transpose(1, 2).repeat_interleave(groups, dim=1)
+    )  # (batch, nheads, seqlen_k, headdim_v)
 
     offset, visible = _positions(args)
     scores = args.softmax_scale * (q @ k.transpose(-1, -2))  # (batch, nheads, seqlen_q, seqlen_k)
@@ -106,7 +109,8 @@ def append_kv(args: KVAppendArgs) -> tuple[Tensor, Tensor]:
 
 def rotate(args: KVAppendArgs, x: Tensor, *, per_row: bool) -> Tensor:
     """Rotary embedding of x (batch, seqlen, heads, headdim) at positions ``cache_seqlens + row``."""
-    assert args.rotary_cos is not None and args.rotary_sin is not None
+    assert args.rotary_cos is not None
+    assert args.rotary_sin is not None
     half = args.rotary_cos.shape[1]
     rows = torch.arange(x.shape[1], device=x.device) * int(per_row)
     positions = args.cache_seqlens.long()[:, None] + rows  # (batch, seqlen)

@@ -166,7 +166,9 @@ class Attention:
         rotary: the model's tables, or None.
     """
 
-    def __init__(self, qkv: PackedLinear, out: PackedLinear, config: ModelConfig, rotary: Rotary | None) -> None:
+    def __init__(
+        self, qkv: PackedLinear, out: PackedLinear, config: ModelConfig, rotary: Rotary | None
+    ) -> None:
         self.qkv = qkv
         self.out = out
         self.heads = [config.nheads, config.nheads_k, config.nheads_k]

@@ -1,0 +1,39 @@
+"""The compiled CPU kernels, csrc/bindings.cpp. Addresses and strides are trusted: only ``backends/cpu.py`` calls them.
+
+A view is (address, batch stride, seqlen stride, head stride), strides in elements.
+"""
+
+_View = tuple[int, int, int, int]
+_PerRow = float | tuple[int]  # a number, or (address,) of one per row
+
+def isas() -> list[str]: ...
+def isa() -> str: ...
+def select_isa(name: str) -> None: ...
+def attention_forward(
+    q: _View, k: _View, v: _View, out: _View, lse: int, seqlens_k: int,
+    sizes: tuple[int, int, int, int, int, int, int], softmax_scale: float, causal: bool, dtype: int, nthreads: int,
+) -> None: ...  # fmt: skip
+def append_kv(
+    q: _View, q_out: _View, k: _View, v: _View, k_cache: _View, v_cache: _View, cache_seqlens: int,
+    rotary_cos: int, rotary_sin: int, sizes: tuple[int, int, int, int, int, int, int, int],
+    interleaved: bool, q_per_row: bool, dtype: int, nthreads: int,
+) -> None: ...  # fmt: skip
+def packed_linear_floats(in_features: int, out_features: int, dtype: int) -> int: ...
+def pack_linear(
+    weight: int, stride_weight: int, bias: int, packed: int, in_features: int, out_features: int, dtype: int,
+    nthreads: int,
+) -> None: ...  # fmt: skip
+def linear(
+    x: int, stride_x: int, weights: int, isa: str, out: int, stride_out: int, tokens: int, in_features: int,
+    out_features: int, dtype: int, nthreads: int,
+) -> None: ...  # fmt: skip
+def rms_norm(
+    x: int, stride_x: int, weight: int, out: int, tokens: int, hidden: int, eps: float, nthreads: int
+) -> None: ...
+def silu_mul(gate_up: int, stride_gate_up: int, out: int, tokens: int, ffn: int, nthreads: int) -> None: ...
+def sample(
+    logits: int, stride_batch: int, batch: int, vocab: int, dtype: int, temperature: _PerRow, top_k: _PerRow,
+    top_p: _PerRow, min_p: _PerRow, seeds: _PerRow, positions: _PerRow, tokens: int, kept: int, nthreads: int,
+) -> int: ...  # fmt: skip
+def fma_loop(iterations: int, nthreads: int) -> float: ...
+def read_loop(data: int, floats: int, nthreads: int) -> float: ...
