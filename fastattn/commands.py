@@ -68,6 +68,9 @@ def generate(
     shots: Annotated[
         str, typer.Option(show_default=False, help="JSON file with a prompt template and examples.")
     ] = "",
+    n_shots: Annotated[
+        int | None, typer.Option(show_default="all", help="Use only the first N examples of --shots; 0 = none.")
+    ] = None,
     chat: Annotated[
         bool, typer.Option("--chat", help="Put the prompt through the model's chat template.")
     ] = False,
@@ -91,6 +94,10 @@ def generate(
     """Continue a prompt, or with --chat answer it."""
     text = _read_prompt(prompt, file)
     template, examples = load_shots(shots) if shots else (None, [])
+    if n_shots is not None:
+        if not 0 <= n_shots <= len(examples):
+            raise ValueError(f"n_shots: expected 0 to the {len(examples)} examples of --shots, got {n_shots}")
+        examples = examples[:n_shots]
     options = _options(max_new_tokens, temperature, top_k, top_p, min_p, seed, stop, ignore_eos)
     llm, load_seconds = _load(model, dtype, threads, backend)
     if chat or system:

@@ -118,6 +118,7 @@ class TestGenerate:
             (["--threads", "0", "x"], "threads: expected at least 1, got 0"),
             (["--backend", "abacus", "x"], "backend: expected one of auto, cpu, reference, got 'abacus'"),
             (["-f", "/no/such/file"], "[Errno 2] No such file or directory: '/no/such/file'"),
+            (["--n-shots", "1", "x"], "n_shots: expected 0 to the 0 examples of --shots, got 1"),
             (["--shots", "/no/such/file", "x"], "[Errno 2] No such file or directory: '/no/such/file'"),
             (["x" * 99], "prompt: expected fewer tokens than the model's context of 64, got 99"),
         ],
