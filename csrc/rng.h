@@ -72,21 +72,25 @@ class PhiloxLanes {
     }
   }
 
-  // The words of blocks id / 4 = block[lane].
-  void generate(U64 block, U64 (&word)[4]) const {
+  // From word[set][0] = block numbers (id / 4), one per lane, to the words of those blocks. Two sets at a time keep the
+  // multipliers busy: a set alone is one long chain.
+  void generate(U64 (&word)[2][4]) const {
     const U64 mul0 = U64{} + kPhiloxMul0, mul1 = U64{} + kPhiloxMul1;
-    word[0] = block;
-    word[1] = position_low_;
-    word[2] = position_high_;
-    word[3] = U64{} + kSamplingDomain;
-#pragma GCC unroll 10
-    for (int round = 0; round < 10; ++round) {
-      const U64 a = Vec::mul_low32(word[0], mul0), b = Vec::mul_low32(word[2], mul1);
-      word[0] = (b >> 32) ^ word[1] ^ key_low_[round];
-      word[1] = b;
-      word[2] = (a >> 32) ^ word[3] ^ key_high_[round];
-      word[3] = a;
+    for (auto& w : word) {
+      w[1] = position_low_;
+      w[2] = position_high_;
+      w[3] = U64{} + kSamplingDomain;
     }
+#pragma GCC unroll 10
+    for (int round = 0; round < 10; ++round)
+#pragma GCC unroll 2
+      for (auto& w : word) {
+        const U64 a = Vec::mul_low32(w[0], mul0), b = Vec::mul_low32(w[2], mul1);
+        w[0] = (b >> 32) ^ w[1] ^ key_low_[round];
+        w[1] = b;
+        w[2] = (a >> 32) ^ w[3] ^ key_high_[round];
+        w[3] = a;
+      }
   }
 
  private:

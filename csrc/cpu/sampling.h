@@ -51,7 +51,7 @@ int64_t sample_row(const SamplingParams& p, int64_t index) {
                            memory + maxima + 2 * list};
   Cut cut;
   if (limited) {
-    cut = cut_top_k(row, top_k, &candidates);
+    cut = cut_top_k(row, max, top_k, &candidates);
     if (nucleus) {
       candidates.keep(cut);
       cut = cut_top_p(candidates, top_p, softmax);
@@ -68,7 +68,7 @@ int64_t sample_row(const SamplingParams& p, int64_t index) {
   Race<Vec> race(NoiseStream(static_cast<uint64_t>(p.seeds[index]), static_cast<uint64_t>(p.positions[index])), softmax,
                  cut, best);
   // A list is cheaper to race unless it holds most of the row: it takes a Philox block a token, the row one for four.
-  if ((limited || nucleus) && candidates.n < p.vocab / 8)
+  if ((limited || nucleus) && candidates.n < p.vocab / 3)
     race.run_candidates(candidates);
   else
     race.run_row(row);

@@ -112,7 +112,11 @@ bool select_crossing(float* v, int64_t n, uint64_t target, const Weights& weight
       uint32_t bucket[kBlock];
       weights.weigh(v + i, m, weight);
       for (int64_t j = 0; j < m; ++j) bucket[j] = (sort_key(v[i + j]) - low) >> shift;
-      for (int64_t j = 0; j < m; ++j) sums[j % kCopies][bucket[j]] += weight[j];
+      int64_t j = 0;
+      for (; j + kCopies <= m; j += kCopies)
+#pragma GCC unroll 4
+        for (int copy = 0; copy < kCopies; ++copy) sums[copy][bucket[j + copy]] += weight[j + copy];
+      for (; j < m; ++j) sums[0][bucket[j]] += weight[j];
     }
     int b = 256;
     for (uint64_t sum = 0;;) {
@@ -176,11 +180,12 @@ float bound_of_largest(const Row<Vec, T>& row, int64_t k, Candidates* c) {
   return bound;
 }
 
-// top_k: the candidates are then those >= the cut's value or a little more.
+// top_k: the candidates then hold all that the cut keeps, and maybe a few more.
 template <class Vec, class T>
-Cut cut_top_k(const Row<Vec, T>& row, int64_t k, Candidates* c) {
+Cut cut_top_k(const Row<Vec, T>& row, float max, int64_t k, Candidates* c) {
   Cut cut{bound_of_largest(row, k, c), INT32_MAX};
-  row.gather(cut.value, c);
+  // Where k tokens have the largest logit only the first k count; one more shows that there are others.
+  row.gather(cut.value, c, cut.value == max ? k + 1 : INT64_MAX);
   if (c->n > k) cut_prefix<Vec>(*c, static_cast<uint64_t>(k), Counting{}, &cut);
   return cut;
 }

@@ -31,27 +31,32 @@ class Race {
   // Everything in the row: each Philox block is four neighbours.
   template <class T>
   void run_row(const Row<Vec, T>& row) {
-    constexpr int kStep = 2 * Vec::kLanes;
-    U64 blocks =
-        {};  // lane i counts from (i % 2) * kLanes / 2 + i / 2: even_pairs and odd_pairs then come out in order
-    for (int i = 0; i < Vec::kLanes / 2; ++i) blocks[i] = static_cast<uint64_t>((i % 2) * Vec::kLanes / 4 + i / 2);
-    row.visit_chunks([&] { return least_; },
-                     [&](const T* chunk, int32_t first_id) {
-                       for (int i = 0; i < Row<Vec, T>::kChunk; i += kStep) {
-                         const Vec x[2] = {Vec::load(chunk + i), Vec::load(chunk + i + Vec::kLanes)};
-                         const Vec least = Vec::set1(least_);
-                         const uint32_t able[2] = {lane_bits(least <= x[0]), lane_bits(least <= x[1])};
-                         if (!(able[0] | able[1])) continue;
-                         const int32_t id = first_id + i;
-                         U64 word[4];
-                         noise_.generate(blocks + static_cast<uint64_t>(id / 4), word);
-                         const U64 low = pair(word[0], word[1]), high = pair(word[2], word[3]);
-                         const U64 words[2] = {Vec::even_pairs(low, high), Vec::odd_pairs(low, high)};
-                         for (int half = 0; half < 2; ++half)
-                           run_lanes(x[half], reinterpret_cast<U32>(words[half]), able[half],
-                                     [&](int lane) { return id + half * Vec::kLanes + lane; });
-                       }
-                     });
+    constexpr int kLanes = Vec::kLanes, kVecs = 4;
+    U64 blocks = {};  // in lane order 0, n, 1, n + 1, ..., so that even_pairs, then odd_pairs come out by ascending id
+    for (int i = 0; i < kLanes / 2; ++i) blocks[i] = static_cast<uint64_t>(i % 2 * kLanes / 4 + i / 2);
+    const auto run_chunk = [&](const T* chunk, int32_t first_id) {
+      for (int i = 0; i < row.kChunk; i += kVecs * kLanes) {
+        Vec x[kVecs];
+        uint32_t able[kVecs];
+        for (int v = 0; v < kVecs; ++v) {
+          x[v] = Vec::load(chunk + i + v * kLanes);
+          able[v] = lane_bits(Vec::set1(least_) <= x[v]);
+        }
+        if (!(able[0] | able[1] | able[2] | able[3])) continue;
+        const int32_t id = first_id + i;
+        U64 word[2][4];
+        word[0][0] = blocks + static_cast<uint64_t>(id / 4);
+        word[1][0] = word[0][0] + static_cast<uint64_t>(kLanes / 2);
+        noise_.generate(word);
+        for (int v = 0; v < kVecs; ++v) {
+          const U64(&w)[4] = word[v / 2];
+          const U64 low = pair(w[0], w[1]), high = pair(w[2], w[3]);
+          const U64 words = v % 2 ? Vec::odd_pairs(low, high) : Vec::even_pairs(low, high);
+          run_lanes(x[v], reinterpret_cast<U32>(words), able[v], [&](int lane) { return id + v * kLanes + lane; });
+        }
+      }
+    };
+    row.visit_chunks([&] { return least_; }, run_chunk);
   }
 
   // A list: each token needs a Philox block of its own.
@@ -68,7 +73,12 @@ class Race {
       if (!able) continue;
       U64 ids;
       memcpy(&ids, c.ids + i, sizeof ids);
-      const U64 words = pair(words_of(ids & 0xffffffffu), words_of(ids >> 32));
+      const U64 even = ids & 0xffffffffu, odd = ids >> 32;
+      U64 word[2][4];
+      word[0][0] = even >> 2;
+      word[1][0] = odd >> 2;
+      noise_.generate(word);
+      const U64 words = pair(choose(word[0], even), choose(word[1], odd));
       run_lanes(x, reinterpret_cast<U32>(words), able, [&](int lane) { return c.ids[i + lane]; });
     }
   }
@@ -77,9 +87,8 @@ class Race {
   // Twice as many 32-bit lanes: a0 b0 a1 b1 ... of the low halves.
   static U64 pair(U64 a, U64 b) { return (a & 0xffffffffu) | (b << 32); }
 
-  U64 words_of(U64 ids) const {
-    U64 word[4];
-    noise_.generate(ids >> 2, word);
+  // word[id % 4], lane by lane.
+  static U64 choose(const U64 (&word)[4], U64 ids) {
     const U64 odd = U64{} - (ids & 1), upper = U64{} - (ids >> 1 & 1);  // all ones or zero
     const U64 low = (word[1] & odd) | (word[0] & ~odd), high = (word[3] & odd) | (word[2] & ~odd);
     return (high & upper) | (low & ~upper);

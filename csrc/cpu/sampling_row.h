@@ -123,13 +123,13 @@ class Row {
         return static_cast<int32_t>(c * kChunk + i * Vec::kLanes + __builtin_ctz(hits));
   }
 
-  // The tokens with logit >= bound, which is finite.
-  void gather(float bound, Candidates* out) const {
+  // The tokens with logit >= bound, which is finite; or only the first of them, at least `enough`.
+  void gather(float bound, Candidates* out, int64_t enough = INT64_MAX) const {
     const Vec least = Vec::set1(bound);
     int64_t n = 0;
     visit_chunks([&] { return bound; },
                  [&](const T* x, int32_t first_id) {
-                   for (int i = 0; i < kChunk; i += Vec::kLanes) {
+                   for (int i = 0; i < kChunk && n < enough; i += Vec::kLanes) {
                      const Vec v = Vec::load(x + i) + Vec::zero();  // -0 becomes +0: equal logits have equal bits
                      const auto chosen = least <= v;
                      if (lane_bits(chosen)) n += Vec::compress(chosen, v, first_id + i, out->values + n, out->ids + n);
