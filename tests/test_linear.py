@@ -136,6 +136,16 @@ def test_bits_do_not_depend_on_batchmates_or_threads(
                 assert torch.equal(layer(x[first : first + tokens]), whole[first : first + tokens])
 
 
+@by_dtype
+def test_bits_across_groups_of_tokens(isa: str, dtype: torch.dtype) -> None:
+    """2100 tokens take several parallel loops; the last is short."""
+    layer = PackedLinear(*make(33, 20, dtype))
+    x = torch.randn(2100, 33)
+    whole = layer(x)
+    for first in (0, 1000, 1023, 1024, 2048, 2099):
+        assert torch.equal(layer(x[first : first + 1]), whole[first : first + 1])
+
+
 def test_packing_does_not_depend_on_threads(isa: str) -> None:
     weight, bias = make(130, 201, torch.bfloat16)
     x = torch.randn(5, 130)

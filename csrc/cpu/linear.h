@@ -17,7 +17,7 @@
 namespace fastattn {
 namespace {
 
-constexpr int64_t kGroupTokens = 512;                    // tokens per parallel loop: bounds the memory for rounded x
+constexpr int64_t kGroupTokens = 1024;  // tokens per parallel loop: keeps x near, yet few barriers on a busy machine
 constexpr int64_t kSerialMultiplies = int64_t{1} << 17;  // below, waking threads costs more than it saves
 
 // The products of linear layers add to tile_gemm.h's: whether x is rounded first, and put(x, row, feature), which then
