@@ -20,6 +20,7 @@ double fma_loop(int64_t iterations, int nthreads) {
       for (int i = 0; i < kChains; ++i) sum[i] = fma(sum[i], a, b);
     }
     Vec total = sum[0];
+#pragma GCC unroll 16
     for (int i = 1; i < kChains; ++i) total = total + sum[i];
     volatile float keep = first(total);  // the loop must not be optimised away
     (void)keep;
@@ -36,9 +37,12 @@ double read_loop(const float* data, int64_t floats, int nthreads) {
   parallel_for(parts < 1024 ? parts : 1024, nthreads, [&](int64_t part) {
     const float* p = data + part * step;
     Vec sum[kChains];
+#pragma GCC unroll 16
     for (int i = 0; i < kChains; ++i) sum[i] = Vec::zero();
     for (int64_t n = 0; n < step; n += kChains * Vec::kLanes)
+#pragma GCC unroll 16
       for (int i = 0; i < kChains; ++i) sum[i] = sum[i] + Vec::load(p + n + i * Vec::kLanes);
+#pragma GCC unroll 16
     for (int i = 1; i < kChains; ++i) sum[0] = sum[0] + sum[i];
     sums[part] = first(sum[0]);
   });
