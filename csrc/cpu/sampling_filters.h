@@ -37,7 +37,7 @@ class Softmax {
     return logit > kLowest ? from_sort_key(sort_key(static_cast<float>(logit)) - 2) : kLowest;
   }
 
-  U64 mass(F64 x) const {
+  inline __attribute__((always_inline)) U64 mass(F64 x) const {
     const F64 round_to_integer = F64{} + 0x1.8p52;
     const F64 t = Vec::max_f64((x - max_) * log2_scale_, F64{} - 64.0);
     // 2^t = 2^n 2^r with n = round(t); the polynomial is near-minimax for 2^r on [-1/2, 1/2], within 2^-44. Its terms
