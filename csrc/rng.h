@@ -74,7 +74,7 @@ class PhiloxLanes {
 
   // From word[set][0] = block numbers (id / 4), one per lane, to the words of those blocks. Two sets at a time keep the
   // multipliers busy: a set alone is one long chain.
-  void generate(U64 (&word)[2][4]) const {
+  inline __attribute__((always_inline)) void generate(U64 (&word)[2][4]) const {
     const U64 mul0 = U64{} + kPhiloxMul0, mul1 = U64{} + kPhiloxMul1;
     for (auto& w : word) {
       w[1] = position_low_;

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import sampling_oracle as oracle
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from scipy.stats import chi2_contingency
 from torch import Tensor
@@ -136,6 +136,8 @@ unit = st.one_of(st.sampled_from([0.0, 0.25, 0.5, 0.75, 1.0, 1e-300]), st.floats
     top_p=unit,
     min_p=unit,
 )
+# The whole range of floats in two tokens: the search's last bucket ends beyond the largest key.
+@example(row=[3.4e38, -17.0], repeat=1, temperature=1e-300, top_k=0, top_p=0.25, min_p=0.0)
 def test_kept_sets_of_any_row(
     isa: str, row: list[float], repeat: int, temperature: float, top_k: int, top_p: float, min_p: float
 ) -> None:
@@ -202,9 +204,9 @@ def test_noise_is_philox(isa: str, seed: int, position: int) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_backends_draw_the_same_token(isa: str, kind: str) -> None:
-    logits = make_rows(kind, 1500, seed=3).repeat(20, 1)
+    logits = make_rows(kind, 700, seed=3).repeat(8, 1)
     for changes in FILTERS:
-        call = filters(**changes) | {"seeds": torch.arange(60), "positions": 11}
+        call = filters(**changes) | {"seeds": torch.arange(24), "positions": 11}
         kernel = fastattn.sample(logits, **call, backend="cpu")
         assert torch.equal(kernel, fastattn.sample(logits, **call, backend="reference")), changes
 
@@ -222,22 +224,20 @@ def test_greedy_is_the_lowest_id_among_equal_maxima(backend: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("vocab", "draws", "changes"),
+    ("vocab", "draws", "by", "changes"),
     [
-        (1000, 200_000, {}),
-        (1000, 200_000, {"temperature": 0.6, "top_k": 50, "top_p": 0.9}),
-        (1000, 200_000, {"temperature": 1.3, "top_p": 0.8}),
-        (1000, 200_000, {"top_k": 300, "min_p": 0.01}),
-        (128_256, 200_000, {"temperature": 0.8, "top_k": 50, "top_p": 0.9}),
-        (128_256, 200_000, {"min_p": 0.02}),
-        (128_256, 40_000, {}),
-        (128_256, 40_000, {"temperature": 0.8, "top_p": 0.7}),
+        (1000, 200_000, "seeds", {}),
+        (1000, 200_000, "positions", {}),
+        (1000, 200_000, "seeds", {"temperature": 0.6, "top_k": 50, "top_p": 0.9}),
+        (1000, 200_000, "positions", {"temperature": 1.3, "top_p": 0.8}),
+        (1000, 200_000, "seeds", {"top_k": 300, "min_p": 0.01}),
+        (128_256, 200_000, "seeds", {"temperature": 0.8, "top_k": 50, "top_p": 0.9}),
+        (128_256, 200_000, "positions", {"min_p": 0.02}),
+        (128_256, 30_000, "seeds", {}),
+        (128_256, 30_000, "positions", {"temperature": 0.8, "top_p": 0.7}),
     ],
 )
-@pytest.mark.parametrize("by", ["seeds", "positions"])
-def test_frequencies(vocab: int, draws: int, changes: dict[str, Any], by: str) -> None:
-    if by == "positions" and vocab > 1000:
-        pytest.skip("one sequence over the small vocabulary says it")
+def test_frequencies(vocab: int, draws: int, by: str, changes: dict[str, Any]) -> None:
     logits = make_rows("normal", vocab, seed=5)[:1]
     stream = {"seeds": 42, "positions": 0} | {by: torch.arange(draws)}
     tokens = fastattn.sample(logits.expand(draws, vocab), **changes, **stream)

@@ -37,7 +37,7 @@ class Softmax {
     return logit > kLowest ? from_sort_key(sort_key(static_cast<float>(logit)) - 2) : kLowest;
   }
 
-  U64 mass(F64 x) const {
+  inline __attribute__((always_inline)) U64 mass(F64 x) const {
     const F64 round_to_integer = F64{} + 0x1.8p52;
     const F64 t = Vec::max_f64((x - max_) * log2_scale_, F64{} - 64.0);
     // 2^t = 2^n 2^r with n = round(t); the polynomial is near-minimax for 2^r on [-1/2, 1/2], within 2^-44. Its terms
@@ -83,10 +83,26 @@ struct Crossing {
   uint64_t weight;  // of one element equal to `value`
 };
 
+// Packs the elements in [least, most] to the front; returns how many.
+template <class Vec>
+int64_t keep_between(float* v, int64_t n, float least, float most) {
+  int64_t kept = 0;
+  int32_t ids[Vec::kLanes];                  // not needed
+  const float nowhere = __builtin_nanf("");  // in no interval
+  for (int i = 0; i < Vec::kLanes; ++i) v[n + i] = nowhere;
+  for (int64_t i = 0; i < n; i += Vec::kLanes) {
+    const Vec x = Vec::load(v + i);
+    const auto chosen = Vec::set1(least) <= select(x <= Vec::set1(most), x, Vec::set1(nowhere));
+    if (lane_bits(chosen)) kept += Vec::compress(chosen, x, 0, v + kept, ids);
+  }
+  return kept;
+}
+
 // Radix selection on the sort key, eight bits a round, counted from the smallest key so that few rounds are needed;
-// only the bucket that holds the crossing survives a round. Linear: at most four rounds. Reorders v, which has room to
-// read whole vectors. False if the total weight is below the target.
-template <class Weights>
+// only the bucket that holds the crossing survives a round. Linear: at most four rounds. Overwrites v, which has room
+// for kLanes more and holds no -0: it would equal a +0 in another bucket. False if the total weight is below the
+// target.
+template <class Vec, class Weights>
 bool select_crossing(float* v, int64_t n, uint64_t target, const Weights& weights, Crossing* out) {
   constexpr int kBlock = 64, kCopies = 4;  // copies: neighbours are often equal, and should not wait for each other
   out->above = 0;
@@ -125,13 +141,9 @@ bool select_crossing(float* v, int64_t n, uint64_t target, const Weights& weight
       if (out->above + sum >= target) break;
       out->above += sum;
     }
-    int64_t left = 0;
-    for (int64_t i = 0; i < n; ++i) {
-      const float x = v[i];
-      v[left] = x;
-      left += (sort_key(x) - low) >> shift == static_cast<uint32_t>(b);
-    }
-    n = left;
+    const uint32_t first = low + (static_cast<uint32_t>(b) << shift), span = (1u << shift) - 1;
+    const uint32_t last = high - first < span ? high : first + span;
+    n = keep_between<Vec>(v, n, from_sort_key(first), from_sort_key(last));
   }
   return false;
 }
@@ -141,7 +153,7 @@ template <class Vec, class Weights>
 bool cut_prefix(const Candidates& c, uint64_t target, const Weights& weights, Cut* cut) {
   memcpy(c.work, c.values, static_cast<size_t>(c.n) * sizeof(float));
   Crossing crossing;
-  if (!select_crossing(c.work, c.n, target, weights, &crossing)) return false;
+  if (!select_crossing<Vec>(c.work, c.n, target, weights, &crossing)) return false;
   *cut = {crossing.value, INT32_MAX};
   // Of the tokens equal to the value, the first `ties` by id are kept.
   int64_t ties = static_cast<int64_t>((target - crossing.above + crossing.weight - 1) / crossing.weight);
@@ -169,7 +181,7 @@ float bound_of_largest(const Row<Vec, T>& row, int64_t k, Candidates* c) {
   float bound = kLowest;
   Crossing crossing;
   const auto raise = [&](float* v, int64_t size) {
-    if (select_crossing(v, size, static_cast<uint64_t>(k), Counting{}, &crossing) && crossing.value > bound)
+    if (select_crossing<Vec>(v, size, static_cast<uint64_t>(k), Counting{}, &crossing) && crossing.value > bound)
       bound = crossing.value;
   };
   memcpy(c->work, groups.maxima(), static_cast<size_t>(n2) * sizeof(float));
@@ -229,12 +241,12 @@ float guess_bound(const Row<Vec, T>& row, const Softmax<Vec>& softmax, double cu
   constexpr int kChunkStep = 4, kRatio = kChunkStep * Row<Vec, T>::kChunkVecs, kEnoughSamples = 128;
   Candidates sample = {work, nullptr, nullptr};
   for (int64_t c = 0; c < row.chunks(); c += kChunkStep, sample.n += Vec::kLanes)
-    Vec::load(row.chunk(c)).store(work + sample.n);
+    (Vec::load(row.chunk(c)) + Vec::zero()).store(work + sample.n);
   if (sample.n < kEnoughSamples) return kLowest;
   const double total = static_cast<double>(total_mass(sample, softmax)), spare = 0.8 * cut_off / kRatio;
   Crossing crossing;
   const uint64_t target = total > spare ? static_cast<uint64_t>(total - spare) + 1 : 1;
-  if (!select_crossing(work, sample.n, target, softmax, &crossing) || crossing.value < kLowest) return kLowest;
+  if (!select_crossing<Vec>(work, sample.n, target, softmax, &crossing) || crossing.value < kLowest) return kLowest;
   return crossing.value;
 }
 

@@ -48,6 +48,7 @@ class Race {
         word[0][0] = blocks + static_cast<uint64_t>(id / 4);
         word[1][0] = word[0][0] + static_cast<uint64_t>(kLanes / 2);
         noise_.generate(word);
+#pragma GCC unroll 4
         for (int v = 0; v < kVecs; ++v) {
           const U64(&w)[4] = word[v / 2];
           const U64 low = pair(w[0], w[1]), high = pair(w[2], w[3]);
@@ -104,7 +105,7 @@ class Race {
   }
 
   template <class IdOf>
-  void run_lanes(Vec x, U32 words, uint32_t able, IdOf&& id_of) {
+  inline __attribute__((always_inline)) void run_lanes(Vec x, U32 words, uint32_t able, IdOf&& id_of) {
     // A NaN, from (-inf) * 0, is never less than anything: -inf does not run.
     uint32_t chosen = able & lane_bits(Vec::set1(to_beat_) < bound(x, words));
     if (!chosen) return;
@@ -117,7 +118,7 @@ class Race {
     }
   }
 
-  void run(float x, int32_t id, uint32_t word) {
+  __attribute__((noinline)) void run(float x, int32_t id, uint32_t word) {
     const double uniform = (static_cast<double>(word) + 0.5) * 0x1p-32;
     const double score = softmax_.log_odds(x) - __builtin_log(-__builtin_log(uniform));
     if (score < best_ || (score == best_ && id >= winner_)) return;

@@ -13,7 +13,7 @@ namespace {
 constexpr float kLowest = -__FLT_MAX__;  // every finite logit is >= this
 constexpr float kMinusInfinity = -__builtin_inff();
 
-// Ascending unsigned integers for ascending floats; -0 comes just before +0, so add 0.0f first where they must be one.
+// Ascending unsigned integers for ascending floats. Adding 0.0f beforehand makes the two zeros one.
 inline uint32_t sort_key(float x) {
   uint32_t bits;
   memcpy(&bits, &x, sizeof bits);
@@ -95,7 +95,7 @@ class Row {
         even = max(even, a);
         odd = max(odd, b);
       }
-      max(even, odd).store(maxima_ + c * Vec::kLanes);
+      (max(even, odd) + Vec::zero()).store(maxima_ + c * Vec::kLanes);  // -0 becomes +0
     }
     return !lane_bits(nan);
   }
