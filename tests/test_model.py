@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from oracles import weight_of
 
 from fastattn.model import KVCache, ModelFileError, load_decoder
 
@@ -158,12 +159,6 @@ def reference(model, ids: torch.Tensor) -> torch.Tensor:
     """Logits (seqlen, vocab) of one sequence."""
     with torch.no_grad():
         return model(ids[None]).logits[0].float()
-
-
-def weight_of(linear) -> torch.Tensor:
-    """(out, in) float32, read back through the layer itself: products with the identity are exact."""
-    zero = linear(torch.zeros(1, linear.in_features))
-    return (linear(torch.eye(linear.in_features)) - zero).T
 
 
 def prompt(seqlen: int, seed: int = 0) -> torch.Tensor:

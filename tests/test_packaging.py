@@ -88,3 +88,8 @@ def test_sdist_builds(source, tmp_path):
         assert (tree / name).exists(), name
     run(sys.executable, "setup.py", "-q", "build_ext", "--inplace", cwd=tree)
     assert str(tree) in run(sys.executable, "-c", CALL, cwd=tree)
+
+
+def test_tables_are_what_was_measured():
+    """README's tables are made from benchmarks/results, never by hand."""
+    run(sys.executable, "benchmarks/report.py", "--check")

@@ -2,7 +2,8 @@
 
 ``auto`` takes the first row that can do what the call asks; a forced backend (``backend=`` or
 ``FASTATTN_BACKEND``) does it or raises, and never falls back.
-A row is a module with ``NAME``, ``FEATURES``, ``unavailable()``, ``supports(args)`` and the operations
+A row is a module with ``NAME``, ``FEATURES``, ``unavailable()``, ``is_misforced()`` (an environment variable asks it
+for what it cannot do: an error even for ``auto``), ``supports(args)`` and the operations
 ``attention(args)``, ``append_kv(args)``, ``sample(args)``.
 """
 
@@ -30,7 +31,7 @@ def resolve(name: str, args: AttentionArgs | KVAppendArgs | SamplingArgs) -> Mod
 
     Raises:
         ValueError: no backend of that name.
-        RuntimeError: a forced backend cannot run on this machine.
+        RuntimeError: a forced backend, or a forced instruction set, cannot run on this machine.
         NotImplementedError: the forced backend, or every backend, lacks what the call needs.
     """
     if name == "auto":
@@ -39,8 +40,10 @@ def resolve(name: str, args: AttentionArgs | KVAppendArgs | SamplingArgs) -> Mod
         return _forced(name, args)
     reasons = []
     for module in BACKENDS.values():
-        reason = module.unavailable() or module.supports(args)
-        if reason is None:
+        if reason := module.unavailable():
+            if module.is_misforced():
+                raise RuntimeError(f"backend {module.NAME!r} cannot run here: {reason}")
+        elif (reason := module.supports(args)) is None:
             return module
         reasons.append(f"{module.NAME}: {reason}")
     raise NotImplementedError("no backend can serve this call (" + "; ".join(reasons) + ")")
@@ -56,8 +59,8 @@ def cpu_serves(tensor: Tensor) -> bool:
     if name not in ("auto", cpu.NAME) or tensor.device.type != "cpu":
         return False
     reason = cpu.unavailable()
-    if reason and name == cpu.NAME:
-        raise RuntimeError(f"backend {name!r} cannot run here: {reason}")
+    if reason and (name == cpu.NAME or cpu.is_misforced()):
+        raise RuntimeError(f"backend {cpu.NAME!r} cannot run here: {reason}")
     return reason is None
 
 

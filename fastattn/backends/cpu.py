@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -10,11 +11,11 @@ from torch import Tensor
 
 try:
     from fastattn import _C
-except (
-    ImportError
-) as error:  # a source tree that was never built: doctor and the reference backend still work
+except ImportError as error:
+    # A source tree that was never built: doctor and the reference still work, and say so.
     _C = None  # type: ignore[assignment]
     _IMPORT_ERROR = str(error)
+    warnings.warn(f"fastattn runs on plain PyTorch, its kernels cannot be imported: {error}", stacklevel=2)
 
 if TYPE_CHECKING:
     from fastattn.args import AttentionArgs, KVAppendArgs, SamplingArgs
@@ -56,6 +57,11 @@ def unavailable() -> str | None:
     if _C is None:
         return f"fastattn._C cannot be imported: {_IMPORT_ERROR}"
     return _ISA_ERROR
+
+
+def is_misforced() -> bool:
+    """Whether ``FASTATTN_CPU_ISA`` asks for what cannot be had: nobody else may serve then."""
+    return _ISA_ERROR is not None
 
 
 def supports(args: AttentionArgs | KVAppendArgs | SamplingArgs) -> str | None:

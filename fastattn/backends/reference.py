@@ -27,6 +27,11 @@ def unavailable() -> str | None:
     return None
 
 
+def is_misforced() -> bool:
+    """Nothing about it can be forced."""
+    return False
+
+
 def supports(args: AttentionArgs | KVAppendArgs | SamplingArgs) -> str | None:
     """None if this backend can serve the call, else why not."""
     lacking = sorted(args.features() - FEATURES)
