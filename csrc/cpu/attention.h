@@ -12,72 +12,102 @@ namespace {
 
 constexpr int64_t kSerialWork = int64_t{1} << 18;  // multiply-adds below which waking threads costs more than it saves
 
+constexpr int64_t kSharedFloats = int64_t{1} << 20;  // partial results that may wait in memory to be merged
+
 // Kernel is ForwardTile or DecodeRows: attend(begin, end, state) over one RowBlock.
 template <class Vec, class T, class Kernel>
-void attend_all(const AttentionParams& p, int64_t rows_per_item) {
-  const int64_t rows = p.seqlen_q * (p.nheads / p.nheads_k);
-  const int64_t heads = p.batch * p.nheads_k;
-  const int64_t blocks = ceil_div(rows, rows_per_item);
-  const int64_t items = heads * blocks;
-  const int64_t ldo = round_up(p.headdim_v, Vec::kLanes);
-  const int64_t state_floats = SoftmaxState::floats(rows_per_item, ldo);
-  const int64_t kernel_floats = Kernel::floats(p, rows_per_item);
-  const bool small = rows * heads * p.seqlen_k * (p.headdim + p.headdim_v) < kSerialWork;
-  const int nthreads = small ? 1 : p.nthreads;
+class Forward {
+ public:
+  Forward(const AttentionParams& p, int64_t rows_per_item)
+      : p_(p),
+        rows_(p.seqlen_q * (p.nheads / p.nheads_k)),
+        rows_per_item_(rows_per_item),
+        heads_(p.batch * p.nheads_k),
+        blocks_(ceil_div(rows_, rows_per_item)),
+        items_(heads_ * blocks_),
+        ldo_(round_up(p.headdim_v, Vec::kLanes)),
+        state_floats_(SoftmaxState::floats(rows_per_item, ldo_)),
+        kernel_floats_(Kernel::floats(p, rows_per_item)) {}
+
+  void run() const {
+    const bool small = rows_ * heads_ * p_.seqlen_k * (p_.headdim + p_.headdim_v) < kSerialWork;
+    const int nthreads = small ? 1 : p_.nthreads;
+    const int64_t most = ceil_div(p_.seqlen_k, kMinChunk), chunks = most < kMaxChunks ? most : kMaxChunks;
+    const bool few_items = nthreads > 1 && items_ < 4 * nthreads;
+    if (chunks > 1 && (few_items || items_ * chunks * state_floats_ <= kSharedFloats))
+      run_chunks(chunks, nthreads);
+    else
+      run_items(nthreads);
+  }
+
+ private:
+  struct Chunks {  // of one batch row
+    int64_t seqlen_k, step;
+    Chunks(const AttentionParams& p, int64_t batch)
+        : seqlen_k(Lengths(p, batch).seqlen_k), step(chunk_keys(seqlen_k)) {}
+    int64_t count() const { return seqlen_k > 0 ? ceil_div(seqlen_k, step) : 1; }
+    int64_t begin(int64_t chunk) const { return chunk * step; }
+    int64_t end(int64_t chunk) const { return begin(chunk + 1) < seqlen_k ? begin(chunk + 1) : seqlen_k; }
+  };
 
   // Heads fastest, and the last (under a causal mask the longest) rows first.
-  const auto block_of = [&](int64_t item) {
-    const int64_t head = item % heads, first = (blocks - 1 - item / heads) * rows_per_item;
-    return RowBlock{head / p.nheads_k, head % p.nheads_k, first,
-                    rows - first < rows_per_item ? rows - first : rows_per_item};
-  };
-  const auto memory = [&](int64_t states) {
-    const size_t floats = static_cast<size_t>(kernel_floats + states * state_floats);
-    return static_cast<float*>(thread_scratch(ScratchSlot::kTile, floats * sizeof(float)));
-  };
+  RowBlock block_of(int64_t item) const {
+    const int64_t head = item % heads_, first = (blocks_ - 1 - item / heads_) * rows_per_item_;
+    return {head / p_.nheads_k, head % p_.nheads_k, first,
+            rows_ - first < rows_per_item_ ? rows_ - first : rows_per_item_};
+  }
 
-  const int64_t chunks = ceil_div(p.seqlen_k, chunk_keys(p.seqlen_k));
-  if (nthreads == 1 || chunks <= 1 || items >= 4 * nthreads) {
-    parallel_for(items, nthreads, [&](int64_t item) {
+  float* memory(int64_t states) const {
+    const size_t floats = static_cast<size_t>(kernel_floats_ + states * state_floats_);
+    return static_cast<float*>(thread_scratch(ScratchSlot::kTile, floats * sizeof(float)));
+  }
+
+  // Many rows: an item walks through all its keys.
+  void run_items(int nthreads) const {
+    parallel_for(items_, nthreads, [&](int64_t item) {
       const RowBlock block = block_of(item);
       float* own = memory(2);
-      const SoftmaxState total = SoftmaxState::at(own + kernel_floats, block.rows, ldo);
-      const SoftmaxState part = SoftmaxState::at(own + kernel_floats + state_floats, block.rows, ldo);
-      Kernel kernel(p, block, own);
-      const int64_t seqlen_k = Lengths(p, block.batch).seqlen_k, step = chunk_keys(seqlen_k);
-      kernel.attend(0, step < seqlen_k ? step : seqlen_k, total);
-      for (int64_t key = step; key < seqlen_k; key += step) {
-        kernel.attend(key, key + step < seqlen_k ? key + step : seqlen_k, part);
+      const SoftmaxState total = SoftmaxState::at(own + kernel_floats_, block.rows, ldo_);
+      const SoftmaxState part = SoftmaxState::at(own + kernel_floats_ + state_floats_, block.rows, ldo_);
+      Kernel kernel(p_, block, own);
+      const Chunks chunks(p_, block.batch);
+      kernel.attend(chunks.begin(0), chunks.end(0), total);
+      for (int64_t chunk = 1; chunk < chunks.count(); ++chunk) {
+        kernel.attend(chunks.begin(chunk), chunks.end(chunk), part);
         merge<Vec>(total, part, block.rows);
       }
-      finalize<Vec, T>(p, block, total);
+      finalize<Vec, T>(p_, block, total);
     });
-    return;
   }
 
-  // Few rows and many keys: every chunk is an item of its own, merged in the same order afterwards.
-  const size_t shared_floats = static_cast<size_t>(items * kMaxChunks * state_floats);
-  float* shared = static_cast<float*>(thread_scratch(ScratchSlot::kShared, shared_floats * sizeof(float)));
-  const auto state_of = [&](int64_t item, int64_t chunk, int64_t block_rows) {
-    return SoftmaxState::at(shared + (item * kMaxChunks + chunk) * state_floats, block_rows, ldo);
-  };
-  parallel_for(items * kMaxChunks, nthreads, [&](int64_t index) {
-    const int64_t item = index / kMaxChunks, chunk = index % kMaxChunks;
-    const RowBlock block = block_of(item);
-    const int64_t seqlen_k = Lengths(p, block.batch).seqlen_k, step = chunk_keys(seqlen_k);
-    if (chunk > 0 && chunk * step >= seqlen_k) return;
-    const int64_t end = (chunk + 1) * step < seqlen_k ? (chunk + 1) * step : seqlen_k;
-    Kernel(p, block, memory(0)).attend(chunk * step, end, state_of(item, chunk, block.rows));
-  });
-  for (int64_t item = 0; item < items; ++item) {
-    const RowBlock block = block_of(item);
-    const int64_t seqlen_k = Lengths(p, block.batch).seqlen_k, step = chunk_keys(seqlen_k);
-    const SoftmaxState total = state_of(item, 0, block.rows);
-    for (int64_t chunk = 1; chunk * step < seqlen_k; ++chunk)
-      merge<Vec>(total, state_of(item, chunk, block.rows), block.rows);
-    finalize<Vec, T>(p, block, total);
+  // Few rows and many keys: every chunk of keys is an item of its own, merged in order afterwards. All heads of a chunk
+  // come before the next chunk: in a (seqlen, heads, dim) cache they share pages, and so address translations.
+  void run_chunks(int64_t most, int nthreads) const {
+    const size_t floats = static_cast<size_t>(items_ * most * state_floats_);
+    float* shared = static_cast<float*>(thread_scratch(ScratchSlot::kShared, floats * sizeof(float)));
+    const auto state_of = [&](int64_t item, int64_t chunk, const RowBlock& block) {
+      return SoftmaxState::at(shared + (item * most + chunk) * state_floats_, block.rows, ldo_);
+    };
+    parallel_for(most * items_, nthreads, [&](int64_t index) {
+      const int64_t chunk = index / items_, item = index % items_;
+      const RowBlock block = block_of(item);
+      const Chunks chunks(p_, block.batch);
+      if (chunk < chunks.count())
+        Kernel(p_, block, memory(0)).attend(chunks.begin(chunk), chunks.end(chunk), state_of(item, chunk, block));
+    });
+    for (int64_t item = 0; item < items_; ++item) {
+      const RowBlock block = block_of(item);
+      const int64_t count = Chunks(p_, block.batch).count();
+      const SoftmaxState total = state_of(item, 0, block);
+      for (int64_t chunk = 1; chunk < count; ++chunk) merge<Vec>(total, state_of(item, chunk, block), block.rows);
+      finalize<Vec, T>(p_, block, total);
+    }
   }
-}
+
+  const AttentionParams& p_;
+  const int64_t rows_, rows_per_item_, heads_, blocks_, items_;
+  const int64_t ldo_, state_floats_, kernel_floats_;
+};
 
 template <class Vec>
 void attention_forward(const AttentionParams& p) {
@@ -87,12 +117,12 @@ void attention_forward(const AttentionParams& p) {
     using Decode = DecodeRows<Vec, T>;
     using Tile = ForwardTile<Vec, T>;
     const int64_t rows = p.seqlen_q * (p.nheads / p.nheads_k);
-    if (rows <= Decode::kMaxRows) return attend_all<Vec, T, Decode>(p, rows);
+    if (rows <= Decode::kMaxRows) return Forward<Vec, T, Decode>(p, rows).run();
     // Smaller items where there would be too few of them to keep the threads evenly busy.
     int64_t per_item = Tile::max_rows(p);
     while (per_item > Tile::kStrip && p.batch * p.nheads_k * ceil_div(rows, per_item) < 4 * p.nthreads)
       per_item -= Tile::kStrip;
-    attend_all<Vec, T, Tile>(p, rows < per_item ? rows : per_item);
+    Forward<Vec, T, Tile>(p, rows < per_item ? rows : per_item).run();
   });
 }
 
