@@ -495,13 +495,13 @@ MALFORMED = {
 
 @pytest.mark.parametrize("name", MALFORMED)
 def test_malformed(tmp_path, name):
-    """The message, within 2 seconds and 200 MB."""
+    """The message, within 200 MB and 2 seconds of processor time: a bound on harm, not a measurement."""
     make, pattern = MALFORMED[name]
     raw = make()
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # kB
-    start = time.perf_counter()
+    start = time.process_time()
     message = error_of(tmp_path, raw)
-    assert time.perf_counter() - start < 2
+    assert time.process_time() - start < 2
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory < 200_000
     assert re.search(pattern, message), message
     assert len(message) < 500
