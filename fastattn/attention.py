@@ -273,6 +273,11 @@ def _check_append(args: KVAppendArgs, longest: int) -> None:
             shapes.match("v", args.v, "batch seqlen_new nheads_k headdim_v")
         check_like("k", args.k, "k_cache", args.k_cache)
         check_like("v", args.v, "v_cache", args.v_cache)
+        for name, cache in (("k_cache", args.k_cache), ("v_cache", args.v_cache)):
+            if cache.stride(3) != 1 and cache.shape[3] > 1:
+                raise ValueError(
+                    f"{name}: expected stride(-1) == 1, it is written in place; got strides {cache.stride()}"
+                )
     if longest + seqlen_new > seqlen_cache:
         raise ValueError(
             f"k_cache: expected seqlen_cache >= {longest + seqlen_new} "

@@ -78,6 +78,8 @@ KVCACHE = [
      "rotary_cos: expected at most headdim / 2 = 32 columns, got 40"),
     ({"rotary_cos": table[:4], "rotary_sin": table[:4], "k": new, "v": new, "cache_seqlens": 2}, ValueError,
      "rotary_cos: expected at least 5 rows (positions), got 4"),
+    ({"k_cache": torch.zeros(2, 10, 64, 4).transpose(2, 3), "k": new, "v": new, "cache_seqlens": 0}, ValueError,
+     "k_cache: expected stride(-1) == 1, it is written in place; got strides (2560, 256, 1, 4)"),
     ({"block_table": torch.zeros(2, 1)}, NotImplementedError, "no backend has 'block_table' yet"),
     ({"num_splits": -1}, ValueError, "num_splits: expected a value in [0, inf], got -1"),
     ({"k_cache": torch.zeros(2, 10, 5, 64)}, ValueError, "k_cache: expected nheads_k that divides nheads=8, got nheads_k=5"),
