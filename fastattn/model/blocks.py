@@ -105,7 +105,6 @@ class Rotary:
     """
 
     def __init__(self, config: RopeConfig, factors: Tensor | None = None) -> None:
-        self.interleaved = config.interleaved
         self.inv_freq = _inverse_frequencies(config)  # (rotary_dim / 2,) float64
         if factors is not None:
             self.inv_freq = self.inv_freq / factors.double()
@@ -216,7 +215,7 @@ class Attention:
             cache_seqlens=seqlens,
             rotary_cos=None if rotary is None else rotary.cos,
             rotary_sin=None if rotary is None else rotary.sin,
-            rotary_interleaved=rotary is not None and rotary.interleaved,
+            rotary_interleaved=False,
             causal=True,
         )
         return cast(Tensor, out).view(batch * seqlen, self.heads[0] * self.headdim)

@@ -51,7 +51,9 @@ class RopeConfig:
     base: float
     rotary_dim: int
     scaling: RopeScaling | None = None
-    interleaved: bool = False  # pairs (0, 1), (2, 3), ... instead of (0, rotary_dim / 2), ...
+    stored_as_pairs: bool = (
+        False  # the file keeps the rows of a rotated pair side by side, as GGUF's llama does
+    )
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,13 @@
 """Llama and Mistral: RMSNorm, rotary embedding, grouped-query attention, gated MLP.
 
-GGUF files store the rows of q and k permuted, so that the two halves of a rotated pair are neighbours.
-Nothing undoes that: attention turns such heads with ``rotary_interleaved=True``, and the scores are the same.
+GGUF files store the rows of q and k permuted, so that the two halves of a rotated pair are neighbours; ``build``
+puts them back, as Hugging Face files have them.
 """
 
 from __future__ import annotations
+
+import torch
+from torch import Tensor
 
 from fastattn.linear import PackedLinear
 from fastattn.model.blocks import Attention, Decoder, GatedMLP, Layer, RMSNorm, Rotary
@@ -110,7 +113,7 @@ def _gguf_rope(fields: Fields, headdim: int) -> RopeConfig:
     elif kind != "none":
         problem = f"rotary scaling {shown(kind)} is not supported; none and linear are"
         fields.fail("llama.rope.scaling.type", problem)
-    return RopeConfig(base, rotary_dim, scaling, interleaved=True)
+    return RopeConfig(base, rotary_dim, scaling, stored_as_pairs=True)
 
 
 def _check_window(fields: Fields, key: str, max_seqlen: int) -> None:
@@ -122,20 +125,26 @@ def _check_window(fields: Fields, key: str, max_seqlen: int) -> None:
 
 def build(config: ModelConfig, weights: WeightReader) -> Decoder:
     """The decoder, read from the file."""
-    assert config.rope is not None
+    rope = config.rope
+    assert rope is not None
     hidden, eps = config.hidden_size, config.norm_eps
     size_q, size_k = config.nheads * config.headdim, config.nheads_k * config.headdim
     has_factors = weights.has("rope_factors")
-    factors = weights.vector("rope_factors", config.rope.rotary_dim // 2) if has_factors else None
-    rotary = Rotary(config.rope, factors)
+    factors = weights.vector("rope_factors", rope.rotary_dim // 2) if has_factors else None
+    rotary = Rotary(rope, factors)
 
     def linear(layer: int, cols: int, **rows: int) -> PackedLinear:
         return PackedLinear(*weights.linear(rows, cols, layer))
 
     layers = []
     for i in range(config.nlayers):
-        qkv = linear(i, hidden, q=size_q, k=size_k, v=size_k)
-        attn = Attention(qkv, linear(i, size_q, attn_out=hidden), config, rotary)
+        qkv, bias = weights.linear(
+            {"q": size_q, "k": size_k, "v": size_k}, hidden, i
+        )  # (size_q + 2 * size_k, hidden)
+        if rope.stored_as_pairs:
+            for rows in (qkv,) if bias is None else (qkv, bias):
+                _split_pairs(rows[: size_q + size_k], config.headdim, rope.rotary_dim)
+        attn = Attention(PackedLinear(qkv, bias), linear(i, size_q, attn_out=hidden), config, rotary)
         gate_up = linear(i, hidden, gate=config.ffn_size, up=config.ffn_size)
         mlp = GatedMLP(gate_up, linear(i, config.ffn_size, down=hidden), config.activation)
         attn_norm = RMSNorm(weights.vector("attn_norm", hidden, i), eps)
@@ -145,3 +154,15 @@ def build(config: ModelConfig, weights: WeightReader) -> Decoder:
     head = weights.head(embedding, config.tie_embeddings)  # (vocab, hidden)
     norm = RMSNorm(weights.vector("norm", hidden), eps)
     return Decoder(config, embedding, layers, norm, PackedLinear(head), rotary=rotary)
+
+
+def _split_pairs(rows: Tensor, headdim: int, rotary_dim: int) -> None:
+    """In place: of each head's first ``rotary_dim`` rows, the even ones first, then the odd ones.
+
+    Args:
+        rows: (heads * headdim, hidden), or a bias (heads * headdim,).
+        headdim: rows per head.
+        rotary_dim: how many of them are rotated.
+    """
+    turned = rows.view(-1, headdim, *rows.shape[1:])[:, :rotary_dim]  # (heads, rotary_dim, ...)
+    turned.copy_(torch.cat((turned[:, ::2], turned[:, 1::2]), dim=1))
