@@ -13,6 +13,7 @@ Causal masks are aligned bottom-right: query i of seqlen_q sees key j of seqlen_
 from __future__ import annotations
 
 import math
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -87,9 +88,7 @@ def attention(
         return_lse=return_lse,
         needs_grad=torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad),
     )
-    if args.features():
-        _check_modifiers(args)
-    out, lse = resolve(backend, args).attention(args)
+    out, lse = _serve(args, backend).attention(args)
     return (out, lse) if return_lse else out
 
 
@@ -176,10 +175,15 @@ def attention_with_kvcache(
         return_lse=return_lse,
         needs_grad=torch.is_grad_enabled() and q.requires_grad,
     )
+    out, lse = _serve(args, backend).attention(args)
+    return (out, lse) if return_lse else out
+
+
+def _serve(args: AttentionArgs, backend: str) -> ModuleType:
+    """Check what goes beyond plain attention, and choose who does it."""
     if args.features():
         _check_modifiers(args)
-    out, lse = resolve(backend, args).attention(args)
-    return (out, lse) if return_lse else out
+    return resolve(backend, args)
 
 
 def _fits(q: Tensor, k: Tensor, v: Tensor) -> bool:

@@ -321,5 +321,4 @@ def decode(
 def _check_int(name: str, value: Any, low: int, high: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
-    if not low <= value <= high:
-        raise ValueError(f"{name}: expected a value in [{low}, {high}], got {value}")
+    check_range(name, value, low, high)

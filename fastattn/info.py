@@ -10,7 +10,7 @@ from typing import Any
 
 from fastattn.model.config import Fields, ModelConfig
 from fastattn.model.gguf import GGUFFile
-from fastattn.model.registry import ARCHITECTURES
+from fastattn.model.registry import find_architecture, known_names
 from fastattn.model.safetensors import SafetensorsSource, read_json
 from fastattn.model.weights import ModelFileError
 from fastattn.vocabulary import from_folder, from_gguf
@@ -33,6 +33,7 @@ def _describe_gguf(path: Path) -> dict[str, Any]:
     fields = Fields(path, source.metadata, source.offsets)
     name = fields.text("general.architecture")
     arch = _supported(path, "GGUF_ARCHS", name)
+    config = arch.gguf_config(fields, source)
     from gguf import GGMLQuantizationType
 
     types = Counter(GGMLQuantizationType(info.type_id).name for info in source.tensors.values())
@@ -40,11 +41,11 @@ def _describe_gguf(path: Path) -> dict[str, Any]:
         "path": str(path),
         "name": fields.text("general.name", ""),
         "architecture": name,
-        **_sizes(arch.gguf_config(fields, source)),
+        **_sizes(config),
         "tensors": len(source.tensors),
         "tensor types": ", ".join(f"{count} {kind}" for kind, count in types.most_common()),
         "bytes on disk": source.nbytes,
-        **_memory(arch.gguf_config(fields, source), source.shapes()),
+        **_memory(config, source.shapes()),
         "tokenizer": f"{fields.text('tokenizer.ggml.model')}, {fields.text('tokenizer.ggml.pre', 'gpt-2')}",
         "chat template": from_gguf(path, source.metadata).chat_template is not None,
     }
@@ -78,11 +79,11 @@ def _describe_folder(path: Path) -> dict[str, Any]:
 
 
 def _supported(path: Path, column: str, name: Any) -> Any:
-    for module in ARCHITECTURES.values():
-        if name in getattr(module, column):
-            return module
-    known = ", ".join(known for module in ARCHITECTURES.values() for known in getattr(module, column))
-    raise ModelFileError(path, f"architecture: expected one of {known}, got {str(name)[:40]!r}")
+    arch = find_architecture(column, name)
+    if arch is None:
+        problem = f"architecture: expected one of {known_names(column)}, got {str(name)[:40]!r}"
+        raise ModelFileError(path, problem)
+    return arch
 
 
 def _sizes(config: ModelConfig) -> dict[str, Any]:

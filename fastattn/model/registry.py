@@ -64,9 +64,9 @@ def _load_gguf(path: Path, dtype: torch.dtype) -> tuple[Decoder, ModelFile]:
     source = GGUFFile(path)
     fields = Fields(path, source.metadata, source.offsets)
     name = fields.text("general.architecture")
-    arch = _find("GGUF_ARCHS", name)
+    arch = find_architecture("GGUF_ARCHS", name)
     if arch is None:
-        fields.fail("general.architecture", f"expected one of {_known('GGUF_ARCHS')}, got {shown(name)}")
+        fields.fail("general.architecture", f"expected one of {known_names('GGUF_ARCHS')}, got {shown(name)}")
     config = arch.gguf_config(fields, source)
     weights = WeightReader(source, {part: names[1] for part, names in arch.NAMES.items()}, dtype)
     decoder = arch.build(config, weights)
@@ -81,9 +81,9 @@ def _load_folder(path: Path, dtype: torch.dtype) -> tuple[Decoder, ModelFile]:
     fields = Fields(path / "config.json", metadata["config"])
     classes = metadata["config"].get("architectures")
     name = classes[0] if isinstance(classes, list) and classes else None
-    arch = _find("HF_CLASSES", name)
+    arch = find_architecture("HF_CLASSES", name)
     if arch is None:
-        fields.fail("architectures", f"expected one of {_known('HF_CLASSES')}, got {shown(name)}")
+        fields.fail("architectures", f"expected one of {known_names('HF_CLASSES')}, got {shown(name)}")
     if fields.has("quantization_config"):
         fields.fail("quantization_config", "quantised checkpoints are not supported in this format, GGUF is")
     config = arch.hf_config(fields, Fields(path / "generation_config.json", metadata["generation_config"]))
@@ -97,9 +97,11 @@ def _load_folder(path: Path, dtype: torch.dtype) -> tuple[Decoder, ModelFile]:
     return decoder, file
 
 
-def _find(column: str, name: object) -> ModuleType | None:
+def find_architecture(column: str, name: object) -> ModuleType | None:
+    """The row whose ``column``, HF_CLASSES or GGUF_ARCHS, has this name."""
     return next((module for module in ARCHITECTURES.values() if name in getattr(module, column)), None)
 
 
-def _known(column: str) -> str:
+def known_names(column: str) -> str:
+    """All names of that column, for messages."""
     return ", ".join(name for module in ARCHITECTURES.values() for name in getattr(module, column))
