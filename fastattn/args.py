@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 NO_FEATURES: frozenset[str] = frozenset()
+GRADIENTS = frozenset({"gradients"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +75,7 @@ class KVAppendArgs:
     rotary_sin: Tensor | None = None  # the same
     rotary_interleaved: bool = True
     rotary_per_row: bool = True  # each query at its own position (causal), or all at cache_seqlens
+    needs_grad: bool = False
 
     @property
     def subject(self) -> Tensor:
@@ -81,8 +83,8 @@ class KVAppendArgs:
         return self.q
 
     def features(self) -> frozenset[str]:
-        """Every backend that attends can append."""
-        return NO_FEATURES
+        """Names of what this append needs beyond writing and rotating."""
+        return GRADIENTS if self.needs_grad else NO_FEATURES
 
 
 @dataclass(frozen=True, slots=True)

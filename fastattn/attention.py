@@ -13,6 +13,7 @@ Causal masks are aligned bottom-right: query i of seqlen_q sees key j of seqlen_
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from types import ModuleType
 
 import torch
@@ -147,6 +148,22 @@ def attention_with_kvcache(
     check_range("num_splits", num_splits, 0, math.inf)
     seqlens, longest = _cache_seqlens(cache_seqlens, q, k_cache, k)
     window = _window(window_size)
+    tensors = (q, k_cache, v_cache) if k is None or v is None else (q, k_cache, v_cache, k, v)
+    needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+    args = AttentionArgs(
+        q=q,
+        k=k_cache,
+        v=v_cache,
+        softmax_scale=_scale(softmax_scale, q.shape[3]),
+        causal=causal,
+        window_size=window,
+        softcap=softcap,
+        alibi_slopes=alibi_slopes,
+        seqlens_k=seqlens,
+        return_lse=return_lse,
+        needs_grad=needs_grad,
+    )
+    attend = _serve(args, backend)
     if k is not None or v is not None or rotary_cos is not None or rotary_sin is not None:
         append = KVAppendArgs(
             q=q,
@@ -159,23 +176,13 @@ def attention_with_kvcache(
             rotary_sin=rotary_sin,
             rotary_interleaved=rotary_interleaved,
             rotary_per_row=causal or window != (-1, -1),
+            needs_grad=needs_grad,
         )
         _check_append(append, longest)
+        # From here on nothing is refused: a call that fails leaves the cache as it was.
         q, seqlens = resolve(backend, append).append_kv(append)
-    args = AttentionArgs(
-        q=q,
-        k=k_cache,
-        v=v_cache,
-        softmax_scale=_scale(softmax_scale, q.shape[3]),
-        causal=causal,
-        window_size=window,
-        softcap=softcap,
-        alibi_slopes=alibi_slopes,
-        seqlens_k=seqlens,
-        return_lse=return_lse,
-        needs_grad=torch.is_grad_enabled() and q.requires_grad,
-    )
-    out, lse = _serve(args, backend).attention(args)
+        args = replace(args, q=q, seqlens_k=seqlens)
+    out, lse = attend.attention(args)
     return (out, lse) if return_lse else out
 
 

@@ -163,3 +163,42 @@ def test_cache_seqlens_forms():
     new = torch.randn(2, 4, 2, 32)
     attention_with_kvcache(q.expand(-1, 4, -1, -1), fresh, fresh.clone(), new, new, causal=True)
     assert torch.equal(fresh[:, :4], new)
+
+
+def test_a_refused_call_leaves_the_cache_alone():
+    cache, new = torch.zeros(1, 4, 2, 8), torch.randn(1, 1, 2, 8)
+    with pytest.raises(NotImplementedError, match="backend 'cpu' lacks 'softcap'"):
+        attention_with_kvcache(new, cache, cache, new, new, cache_seqlens=0, softcap=2.0, backend="cpu")
+    with pytest.raises(ValueError, match="softmax_scale"):
+        attention_with_kvcache(new, cache, cache, new, new, cache_seqlens=0, softmax_scale=math.inf)
+    assert (cache == 0).all()
+
+
+@pytest.mark.parametrize("wanted", ["q", "k", "v"])
+def test_gradients_are_kept_or_refused(wanted):
+    """The kernels have no backward: the reference serves, and a forced kernel says no."""
+    given = {name: torch.randn(1, 2, 2, 8, dtype=torch.float32) for name in "qkv"}
+    given[wanted].requires_grad_()
+    cos, sin = rotary_table(6, 8)
+
+    def call(backend):
+        k_cache, v_cache = torch.zeros(1, 6, 2, 8), torch.zeros(1, 6, 2, 8)
+        return attention_with_kvcache(
+            given["q"],
+            k_cache,
+            v_cache,
+            given["k"],
+            given["v"],
+            cache_seqlens=0,
+            rotary_cos=cos,
+            rotary_sin=sin,
+            causal=True,
+            backend=backend,
+        )
+
+    with pytest.raises(NotImplementedError, match="backend 'cpu' lacks 'gradients'"):
+        call("cpu")
+    call("auto").square().sum().backward()
+    assert given[wanted].grad.abs().sum() > 0
+    with torch.no_grad():
+        assert not call("cpu").requires_grad
