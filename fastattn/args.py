@@ -6,6 +6,7 @@ Everything here has been checked (``checks.py``): a backend may trust shapes, dt
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -15,21 +16,35 @@ GRADIENTS = frozenset({"gradients"})
 
 @dataclass(frozen=True, slots=True)
 class AttentionArgs:
-    """One softmax attention. The score modifiers that are not used keep their defaults."""
+    """One softmax attention. The score modifiers that are not used keep their defaults.
 
-    q: Tensor  # (batch, seqlen_q, nheads, headdim)
-    k: Tensor  # (batch, seqlen_k, nheads_k, headdim)
-    v: Tensor  # (batch, seqlen_k, nheads_k, headdim_v)
+    Which keys a batch row has: ``k_leftpad .. seqlens_k`` of its rows. Where its rows are: in row ``cache_batch_idx``
+    of k and v; or, packed, from ``cu_seqlens_k`` on; or in the pages that ``block_table`` lists.
+    """
+
+    q: Tensor  # (batch, seqlen_q, nheads, headdim); (1, total_q, nheads, headdim) with cu_seqlens_q
+    k: Tensor  # (batch, seqlen_k, nheads_k, headdim); (1, total_k, ...) packed; (num_blocks, page_size, ...) paged
+    v: Tensor  # the same, headdim_v
     softmax_scale: float
     causal: bool = False
     window_size: tuple[int, int] = (-1, -1)
     softcap: float = 0.0
-    alibi_slopes: Tensor | None = None  # (nheads,) or (batch, nheads)
+    alibi_slopes: Tensor | None = None  # (nheads,) or (batch, nheads), float32
     attn_bias: Tensor | None = None  # broadcastable to (batch, nheads, seqlen_q, seqlen_k), float
     attn_mask: Tensor | None = None  # the same, bool, True = may attend
     sinks: Tensor | None = None  # (nheads,)
     dropout_p: float = 0.0
-    seqlens_k: Tensor | None = None  # (batch,) int32: how many keys of each row count; None = all
+    rng_state: Tensor | None = None  # (2,) int64: seed, offset; given iff dropout_p > 0
+    cu_seqlens_q: Tensor | None = None  # (batch + 1,) int32: where each sequence's queries begin
+    cu_seqlens_k: Tensor | None = None  # (batch + 1,) int32; None if k is not packed
+    max_seqlen_q: int = 0  # of the packed sequences
+    max_seqlen_k: int = 0
+    seqlens_k: Tensor | None = None  # (batch,) int32: where each row's keys end; None = all
+    k_leftpad: Tensor | None = None  # (batch,) int32: where each row's keys begin; None = 0
+    cache_batch_idx: Tensor | None = None  # (batch,) int32: the row of k and v that a batch row reads
+    block_table: Tensor | None = None  # (batch, max_blocks) int32: pages of k and v
+    k_scale: Tensor | None = None  # k's shape without headdim, float32: k is int8, and stands for k * k_scale
+    v_scale: Tensor | None = None  # the same for v
     return_lse: bool = False
     needs_grad: bool = False
 
@@ -38,6 +53,11 @@ class AttentionArgs:
         """The tensor whose dtype and device decide which backend can serve."""
         return self.q
 
+    @property
+    def batch(self) -> int:
+        """Sequences in the call."""
+        return self.q.shape[0] if self.cu_seqlens_q is None else self.cu_seqlens_q.shape[0] - 1
+
     def features(self) -> frozenset[str]:
         """Names of what this call needs beyond plain (causal) attention."""
         if (
@@ -45,6 +65,8 @@ class AttentionArgs:
             and self.softcap == 0.0
             and self.dropout_p == 0.0
             and self.alibi_slopes is self.attn_bias is self.attn_mask is self.sinks is None
+            and self.cu_seqlens_q is self.k_leftpad is self.cache_batch_idx is self.block_table is None
+            and self.k.dtype == self.q.dtype
             and not self.needs_grad
         ):
             return NO_FEATURES  # what a decode step asks 30 times per token: keep it cheap
@@ -56,9 +78,24 @@ class AttentionArgs:
             "mask": self.attn_mask is not None,
             "sinks": self.sinks is not None,
             "dropout": self.dropout_p != 0.0,
+            "varlen": self.cu_seqlens_q is not None,
+            "leftpad": self.k_leftpad is not None,
+            "cache_batch_idx": self.cache_batch_idx is not None,
+            "paged": self.block_table is not None,
+            "kv_dtype": self.k.dtype != self.q.dtype,
             "gradients": self.needs_grad,
         }
         return frozenset(name for name, is_used in used.items() if is_used)
+
+
+class AttentionGrads(NamedTuple):
+    """What a backward pass returns, in the shapes and dtypes of its inputs."""
+
+    dq: Tensor
+    dk: Tensor
+    dv: Tensor
+    dbias: Tensor | None = None
+    dsinks: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
