@@ -6,7 +6,7 @@
 
 namespace fastattn {
 
-enum class DType : int32_t { f32 = 0, bf16 = 1, f16 = 2 };
+enum class DType : int32_t { f32 = 0, bf16 = 1, f16 = 2, f64 = 3, i8 = 4 };
 
 // Storage of the 16-bit floats: all arithmetic is fp32.
 struct bf16_t {
@@ -24,36 +24,66 @@ struct TensorView {
   int64_t stride_head;
 };
 
-struct AttentionParams {
-  TensorView q;              // (batch, seqlen_q, nheads, headdim)
-  TensorView k;              // (batch, seqlen_k, nheads_k, headdim)
-  TensorView v;              // (batch, seqlen_k, nheads_k, headdim_v)
-  TensorView out;            // (batch, seqlen_q, nheads, headdim_v)
-  float* lse;                // (batch, nheads, seqlen_q) contiguous, natural log; may be null
-  const int32_t* seqlens_k;  // (batch,), how many keys of each row count; null = seqlen_k for all
-  int64_t batch, seqlen_q, seqlen_k;
-  int64_t nheads, nheads_k;  // nheads % nheads_k == 0
-  int64_t headdim, headdim_v;
-  float softmax_scale;
-  bool causal;  // bottom-right: key j is visible to query i iff j <= i + seqlen_k - seqlen_q
+// A score modifier: element (b, h, i, j) of a tensor that broadcasts to (batch, nheads, seqlen_q, seqlen_k).
+struct ScoreView {
+  const void* data;  // null = none
+  int64_t stride_batch, stride_head, stride_q, stride_k;
   DType dtype;
+};
+
+// The keys and values of a call; k and v share heads, lengths and layout.
+struct KVParams {
+  TensorView k;                 // (batch, seqlen, nheads_k, headdim)
+  TensorView v;                 // (batch, seqlen, nheads_k, headdim_v)
+  TensorView k_scale, v_scale;  // of int8: float (batch, seqlen, nheads_k), what an element counts; else null
+  const int32_t* cu_seqlens;    // (batch + 1,): sequences are packed one after the other; null = one per batch row
+  const int32_t* seqlens;       // (batch,): where each sequence ends; null = at `seqlen`
+  const int32_t* leftpad;       // (batch,): where it begins; null = at 0
+  const int32_t* batch_idx;     // (batch,): in which row it is; null = its own
+  const int32_t* block_table;   // (batch, max_blocks): its pages, rows of page_size tokens; null = not paged
+  int64_t stride_block_table, page_size;
+  int64_t seqlen;  // of the longest sequence
+  DType dtype;
+};
+
+struct AttentionParams {
+  TensorView q;    // (batch, seqlen_q, nheads, headdim); packed: (1, total_q, nheads, headdim)
+  TensorView out;  // the same, headdim_v
+  KVParams kv;
+  void* lse;  // (batch, nheads, seqlen_q), packed (nheads, total_q); natural log, float or double; may be null
+  int64_t lse_stride_batch, lse_stride_head;
+  const int32_t* cu_seqlens_q;  // (batch + 1,): as in kv
+  int64_t batch, seqlen_q;      // seqlen_q of the longest sequence
+  int64_t nheads, nheads_k;     // nheads % nheads_k == 0
+  int64_t headdim, headdim_v;
+  double softmax_scale;
+  double softcap;  // 0 = off
+  int64_t window_left,
+      window_right;          // keys around i + seqlen_k - seqlen_q, inclusive; -1 = unlimited; causal: right = 0
+  const void* alibi_slopes;  // float or double (batch, nheads); may be null
+  int64_t alibi_stride_batch;
+  ScoreView bias;     // float
+  ScoreView mask;     // bytes, 1 = may attend
+  const void* sinks;  // (nheads,) float or double; may be null
+  double dropout_p;   // 0 = off
+  uint64_t dropout_seed, dropout_offset;
+  DType dtype;  // of q and out; double computes in double, everything else in float
   int nthreads;
 };
 
-// Rotate q into q_out, and write the rotated new k, and v, into the caches.
+// Rotate q into q_out, and write the rotated new k, and v, into the cache, where kv.seqlens says that it ends.
 struct KVAppendParams {
-  TensorView q, q_out;           // (batch, seqlen_q, nheads, headdim); only read when rotary_cos is set
-  TensorView k, v;               // (batch, seqlen_new, nheads_k, headdim or headdim_v)
-  TensorView k_cache, v_cache;   // (batch, seqlen_cache, nheads_k, headdim or headdim_v)
-  const int32_t* cache_seqlens;  // (batch,), where the new rows go
-  const float* rotary_cos;       // (positions, half_rotary) contiguous; null = no rotary
+  TensorView q, q_out;      // (batch, seqlen_q, nheads, headdim); only read when rotary_cos is set
+  TensorView k, v;          // (batch, seqlen_new, nheads_k, headdim or headdim_v)
+  KVParams kv;              // the cache; its scales are written where it is int8
+  const float* rotary_cos;  // (positions, half_rotary) contiguous; null = no rotary
   const float* rotary_sin;
   int64_t batch, seqlen_q, seqlen_new;
   int64_t nheads, nheads_k;
   int64_t headdim, headdim_v, half_rotary;
   bool interleaved;  // pairs (0, 1), (2, 3), ...; else (0, half_rotary), (1, half_rotary + 1), ...
-  bool q_per_row;    // query i turns by cache_seqlens + i, else by cache_seqlens
-  DType dtype;
+  bool q_per_row;    // query i turns by the cache's length + i, else by the length
+  DType dtype;       // of q, k, v
   int nthreads;
 };
 

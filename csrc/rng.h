@@ -1,6 +1,6 @@
-// The noise of sampling: Philox4x32-10 (Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3",
-// SC 2011), a bijection of a 128-bit counter under a 64-bit key. No state: any backend finds any token's noise
-// directly.
+// The noise of sampling and of dropout: Philox4x32-10 (Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as
+// 1, 2, 3", SC 2011), a bijection of a 128-bit counter under a 64-bit key. No state: any backend finds any token's
+// noise directly.
 //
 //   key     = (seed low, seed high)
 //   counter = (id / 4, position low, position high, kSamplingDomain)          id = the token's vocabulary id
@@ -62,9 +62,7 @@ class PhiloxLanes {
  public:
   using U64 = typename Vec::U64;
 
-  explicit PhiloxLanes(const NoiseStream& stream)
-      : position_low_(U64{} + stream.position_low), position_high_(U64{} + stream.position_high) {
-    PhiloxKey key = stream.key;
+  explicit PhiloxLanes(PhiloxKey key) {
     for (int round = 0; round < 10; ++round) {
       key_low_[round] = U64{} + key.low;
       key_high_[round] = U64{} + key.high;
@@ -72,15 +70,10 @@ class PhiloxLanes {
     }
   }
 
-  // From word[set][0] = block numbers (id / 4), one per lane, to the words of those blocks. Two sets at a time keep the
-  // multipliers busy: a set alone is one long chain.
+  // From counters, word by word, to the blocks' words. Two sets at a time keep the multipliers busy: a set alone is one
+  // long chain.
   inline __attribute__((always_inline)) void generate(U64 (&word)[2][4]) const {
     const U64 mul0 = U64{} + kPhiloxMul0, mul1 = U64{} + kPhiloxMul1;
-    for (auto& w : word) {
-      w[1] = position_low_;
-      w[2] = position_high_;
-      w[3] = U64{} + kSamplingDomain;
-    }
 #pragma GCC unroll 10
     for (int round = 0; round < 10; ++round)
 #pragma GCC unroll 2
@@ -94,9 +87,45 @@ class PhiloxLanes {
   }
 
  private:
-  U64 position_low_, position_high_;
   U64 key_low_[10], key_high_[10];
 };
+
+// The lanes of one row's noise.
+template <class Vec>
+class NoiseLanes {
+ public:
+  using U64 = typename Vec::U64;
+
+  explicit NoiseLanes(const NoiseStream& stream)
+      : lanes_(stream.key), position_low_(U64{} + stream.position_low), position_high_(U64{} + stream.position_high) {}
+
+  // From word[set][0] = block numbers (id / 4), one per lane, to the words of those blocks.
+  inline __attribute__((always_inline)) void generate(U64 (&word)[2][4]) const {
+    for (auto& w : word) {
+      w[1] = position_low_;
+      w[2] = position_high_;
+      w[3] = U64{} + kSamplingDomain;
+    }
+    lanes_.generate(word);
+  }
+
+ private:
+  PhiloxLanes<Vec> lanes_;
+  U64 position_low_, position_high_;
+};
+
+// Dropout: element (i, j) of a head is dropped iff its word is below p * 2^32. Tiles and threads do not come in.
+//
+//   key     = words 0 and 1 of Philox(key = seed, counter = (offset low, offset high, 0, kDropoutDomain))
+//   counter = (j / 4, i, batch * nheads + head, kDropoutDomain)
+//   word    = output word number j % 4
+constexpr uint32_t kDropoutDomain = 0x64726f70u;  // "drop"
+
+inline PhiloxKey dropout_key(uint64_t seed, uint64_t offset) {
+  const PhiloxBlock counter = {{static_cast<uint32_t>(offset), static_cast<uint32_t>(offset >> 32), 0, kDropoutDomain}};
+  const PhiloxBlock block = philox4x32_10(counter, {static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32)});
+  return {block.word[0], block.word[1]};
+}
 
 }  // namespace
 }  // namespace fastattn

@@ -4,19 +4,17 @@ A view is (address, batch stride, seqlen stride, head stride), strides in elemen
 """
 
 _View = tuple[int, int, int, int]
+_Tuple = tuple[object, ...]  # nested, see csrc/bindings.cpp
 _PerRow = float | tuple[int]  # a number, or (address,) of one per row
 
 def isas() -> list[str]: ...
 def isa() -> str: ...
 def select_isa(name: str) -> None: ...
-def attention_forward(
-    q: _View, k: _View, v: _View, out: _View, lse: int, seqlens_k: int,
-    sizes: tuple[int, int, int, int, int, int, int], softmax_scale: float, causal: bool, dtype: int, nthreads: int,
-) -> None: ...  # fmt: skip
+def attention_forward(call: _Tuple, out: _View, lse: tuple[int, int, int]) -> None: ...
 def append_kv(
-    q: _View, q_out: _View, k: _View, v: _View, k_cache: _View, v_cache: _View, cache_seqlens: int,
+    q: _View, q_out: _View, k: _View, v: _View, k_cache: _View, v_cache: _View, kv: _Tuple,
     rotary_cos: int, rotary_sin: int, sizes: tuple[int, int, int, int, int, int, int, int],
-    interleaved: bool, q_per_row: bool, dtype: int, nthreads: int,
+    interleaved: bool, q_per_row: bool, dtype: int, kv_dtype: int, nthreads: int,
 ) -> None: ...  # fmt: skip
 def packed_linear_floats(in_features: int, out_features: int, dtype: int) -> int: ...
 def pack_linear(

@@ -112,6 +112,11 @@ class KVAppendArgs:
     rotary_sin: Tensor | None = None  # the same
     rotary_interleaved: bool = True
     rotary_per_row: bool = True  # each query at its own position (causal), or all at cache_seqlens
+    k_leftpad: Tensor | None = None  # these five as in AttentionArgs
+    cache_batch_idx: Tensor | None = None
+    block_table: Tensor | None = None
+    k_scale: Tensor | None = None
+    v_scale: Tensor | None = None
     needs_grad: bool = False
 
     @property

@@ -9,7 +9,7 @@ import torch
 
 import fastattn
 from fastattn import attention, attention_with_kvcache
-from fastattn.backends import cpu
+from fastattn.backends import cpu, reference
 
 q = torch.randn(2, 5, 8, 64)
 k = torch.randn(2, 77, 4, 64)
@@ -44,13 +44,6 @@ ATTENTION = [
     ({"alibi_slopes": torch.zeros(8, requires_grad=True)}, ValueError, "alibi_slopes: expected a tensor without requires_grad"),
     ({"sinks": torch.zeros(4)}, ValueError, "sinks: expected (nheads=8), got (4,)"),
     ({"backend": "tpu"}, ValueError, "backend: expected one of auto, cpu, reference, got 'tpu'"),
-    ({"backend": "cpu", "sinks": torch.zeros(8)}, NotImplementedError,
-     "backend 'cpu' lacks 'sinks'; backends that have it: reference"),
-    ({"backend": "cpu", "softcap": 3.0, "window_size": (3, 3)}, NotImplementedError,
-     "backend 'cpu' lacks 'softcap', 'window'; backends that have it: reference"),
-    ({"q": q.double(), "k": k.double(), "v": v.double(), "backend": "cpu"}, NotImplementedError,
-     "backend 'cpu' lacks dtype 'float64'; backends that have it: reference"),
-    ({"dropout_p": 0.5}, NotImplementedError, "no backend can serve this call (cpu: lacks 'dropout'; reference: lacks 'dropout')"),
 ]  # fmt: skip
 
 
@@ -95,8 +88,23 @@ def test_kvcache(change, error, message):
         attention_with_kvcache(**call)
 
 
+def test_what_a_backend_lacks_is_named(monkeypatch):
+    monkeypatch.setattr(cpu, "FEATURES", frozenset({"sinks"}))
+    with pytest.raises(
+        NotImplementedError, match=r"^backend 'cpu' lacks 'softcap', 'window'; backends that have it: ref"
+    ):
+        attention(q, k, v, softcap=3.0, window_size=(3, 3), sinks=torch.zeros(8), backend="cpu")
+    assert attention(q, k, v, softcap=3.0).shape == q.shape
+    monkeypatch.setattr(reference, "FEATURES", frozenset({"softcap"}))
+    with pytest.raises(
+        NotImplementedError, match=r"no backend .* \(cpu: lacks 'window'; reference: lacks 'window'\)"
+    ):
+        attention(q, k, v, window_size=(3, 3))
+
+
 def test_forced_by_environment(monkeypatch):
     monkeypatch.setenv("FASTATTN_BACKEND", "cpu")
+    monkeypatch.setattr(cpu, "FEATURES", frozenset())
     with pytest.raises(NotImplementedError, match="backend 'cpu' lacks 'softcap'"):
         attention(q, k, v, softcap=2.0)
     monkeypatch.setenv("FASTATTN_BACKEND", "gpu")

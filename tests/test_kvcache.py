@@ -167,8 +167,8 @@ def test_cache_seqlens_forms():
 
 def test_a_refused_call_leaves_the_cache_alone():
     cache, new = torch.zeros(1, 4, 2, 8), torch.randn(1, 1, 2, 8)
-    with pytest.raises(NotImplementedError, match="backend 'cpu' lacks 'softcap'"):
-        attention_with_kvcache(new, cache, cache, new, new, cache_seqlens=0, softcap=2.0, backend="cpu")
+    with pytest.raises(ValueError, match="alibi_slopes"):
+        attention_with_kvcache(new, cache, cache, new, new, cache_seqlens=0, alibi_slopes=torch.ones(3))
     with pytest.raises(ValueError, match="softmax_scale"):
         attention_with_kvcache(new, cache, cache, new, new, cache_seqlens=0, softmax_scale=math.inf)
     assert (cache == 0).all()

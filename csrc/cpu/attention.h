@@ -5,125 +5,174 @@
 #include "cpu/attention_fwd.h"
 #include "cpu/parallel.h"
 #include "cpu/scratch.h"
-#include "dispatch.h"
 
 namespace fastattn {
 namespace {
 
-constexpr int64_t kSerialWork = int64_t{1} << 18;  // multiply-adds below which waking threads costs more than it saves
+constexpr int64_t kSerialWork = int64_t{1} << 18;   // multiply-adds below which waking threads costs more than it saves
+constexpr int64_t kSharedReals = int64_t{1} << 20;  // partial results that may wait in memory to be merged
+constexpr int64_t kItemsPerThread = 4;              // fewer leave threads idle at the end
 
-constexpr int64_t kSharedFloats = int64_t{1} << 20;  // partial results that may wait in memory to be merged
-
-// Kernel is ForwardTile or DecodeRows: attend(begin, end, state) over one RowBlock.
-template <class Vec, class T, class Kernel>
+// Kernel is ForwardTile or DecodeRows: attend(begin, end, state) over one WorkItem.
+template <class Vec, class Kernel>
 class Forward {
  public:
-  Forward(const AttentionParams& p, int64_t rows_per_item)
+  using Real = typename Vec::Real;
+  using State = SoftmaxState<Real>;
+
+  Forward(const AttentionParams& p, int64_t rows_per_item, int64_t heads_per_item, int nthreads)
       : p_(p),
-        rows_(p.seqlen_q * (p.nheads / p.nheads_k)),
+        nthreads_(nthreads),
+        group_(p.nheads / p.nheads_k),
         rows_per_item_(rows_per_item),
-        heads_(p.batch * p.nheads_k),
-        blocks_(ceil_div(rows_, rows_per_item)),
-        items_(heads_ * blocks_),
+        heads_per_item_(heads_per_item),
+        head_groups_(p.nheads_k / heads_per_item),
+        columns_(p.batch * head_groups_),
+        blocks_(ceil_div(p.seqlen_q * group_, rows_per_item)),
+        items_(columns_ * blocks_),
         ldo_(round_up(p.headdim_v, Vec::kLanes)),
-        state_floats_(SoftmaxState::floats(rows_per_item, ldo_)),
-        kernel_floats_(Kernel::floats(p, rows_per_item)) {}
+        state_reals_(State::reals(rows_per_item * heads_per_item, ldo_)),
+        kernel_reals_(Kernel::reals(p, rows_per_item, heads_per_item)) {}
 
   void run() const {
-    const bool small = rows_ * heads_ * p_.seqlen_k * (p_.headdim + p_.headdim_v) < kSerialWork;
-    const int nthreads = small ? 1 : p_.nthreads;
-    const int64_t most = ceil_div(p_.seqlen_k, kMinChunk), chunks = most < kMaxChunks ? most : kMaxChunks;
-    const bool few_items = nthreads > 1 && items_ < 4 * nthreads;
-    if (chunks > 1 && (few_items || items_ * chunks * state_floats_ <= kSharedFloats))
-      run_chunks(chunks, nthreads);
+    const int64_t chunks = at_most(kMaxChunks, ceil_div(p_.kv.seqlen, kMinChunk));
+    const bool few_items = nthreads_ > 1 && items_ < kItemsPerThread * nthreads_;
+    if (chunks > 1 && (few_items || items_ * chunks * state_reals_ <= kSharedReals))
+      run_chunks(chunks);
     else
-      run_items(nthreads);
+      run_items();
   }
 
  private:
-  struct Chunks {  // of one batch row
-    int64_t seqlen_k, step;
-    Chunks(const AttentionParams& p, int64_t batch)
-        : seqlen_k(Lengths(p, batch).seqlen_k), step(chunk_keys(seqlen_k)) {}
-    int64_t count() const { return seqlen_k > 0 ? ceil_div(seqlen_k, step) : 1; }
+  // One sequence's part of the work: the rows of an item, and the chunks of keys that they see.
+  struct Place {
+    Sequence sequence;
+    WorkItem item;
+    int64_t step, first, last;  // chunks [first, last) of `step` keys
+
+    Place(const AttentionParams& p, int64_t batch, const WorkItem& i) : sequence(p, batch), item(i) {
+      const Visibility visibility(p, sequence);
+      const int64_t rows = sequence.seqlen_q * visibility.group - item.first_row;
+      item.rows = at_most(item.rows, rows);
+      step = chunk_keys(sequence.seqlen_k);
+      first = last = 0;
+      if (item.rows <= 0) return;
+      const int64_t begin = visibility.begin(item.first_row), end = visibility.end(item.first_row + item.rows - 1);
+      if (begin >= end) return;
+      first = begin / step;
+      last = ceil_div(end, step);
+    }
     int64_t begin(int64_t chunk) const { return chunk * step; }
-    int64_t end(int64_t chunk) const { return begin(chunk + 1) < seqlen_k ? begin(chunk + 1) : seqlen_k; }
+    int64_t end(int64_t chunk) const { return at_most(sequence.seqlen_k, begin(chunk + 1)); }
   };
 
   // Heads fastest, and the last (under a causal mask the longest) rows first.
-  RowBlock block_of(int64_t item) const {
-    const int64_t head = item % heads_, first = (blocks_ - 1 - item / heads_) * rows_per_item_;
-    return {head / p_.nheads_k, head % p_.nheads_k, first,
-            rows_ - first < rows_per_item_ ? rows_ - first : rows_per_item_};
+  Place place_of(int64_t index) const {
+    const int64_t column = index % columns_, block = blocks_ - 1 - index / columns_;
+    return Place(p_, column / head_groups_,
+                 {column % head_groups_ * heads_per_item_, heads_per_item_, block * rows_per_item_, rows_per_item_});
   }
 
-  float* memory(int64_t states) const {
-    const size_t floats = static_cast<size_t>(kernel_floats_ + states * state_floats_);
-    return static_cast<float*>(thread_scratch(ScratchSlot::kTile, floats * sizeof(float)));
+  Real* memory(int64_t states) const {
+    const size_t reals = static_cast<size_t>(kernel_reals_ + states * state_reals_);
+    return static_cast<Real*>(thread_scratch(ScratchSlot::kTile, reals * sizeof(Real)));
   }
 
   // Many rows: an item walks through all its keys.
-  void run_items(int nthreads) const {
-    parallel_for(items_, nthreads, [&](int64_t item) {
-      const RowBlock block = block_of(item);
-      float* own = memory(2);
-      const SoftmaxState total = SoftmaxState::at(own + kernel_floats_, block.rows, ldo_);
-      const SoftmaxState part = SoftmaxState::at(own + kernel_floats_ + state_floats_, block.rows, ldo_);
-      Kernel kernel(p_, block, own);
-      const Chunks chunks(p_, block.batch);
-      kernel.attend(chunks.begin(0), chunks.end(0), total);
-      for (int64_t chunk = 1; chunk < chunks.count(); ++chunk) {
-        kernel.attend(chunks.begin(chunk), chunks.end(chunk), part);
-        merge<Vec>(total, part, block.rows);
+  void run_items() const {
+    parallel_for(items_, nthreads_, [&](int64_t index) {
+      const Place place = place_of(index);
+      if (place.item.rows <= 0) return;
+      const int64_t rows = place.item.rows * place.item.heads;
+      Real* own = memory(2);
+      const State total = State::at(own + kernel_reals_, rows, ldo_);
+      const State part = State::at(own + kernel_reals_ + state_reals_, rows, ldo_);
+      if (place.first == place.last) {
+        total.clear(rows);
+      } else {
+        Kernel kernel(p_, place.sequence, place.item, own);
+        kernel.attend(place.begin(place.first), place.end(place.first), total);
+        for (int64_t chunk = place.first + 1; chunk < place.last; ++chunk) {
+          kernel.attend(place.begin(chunk), place.end(chunk), part);
+          merge<Vec>(total, part, rows);
+        }
       }
-      finalize<Vec, T>(p_, block, total);
+      finalize<Vec>(p_, place.sequence, place.item, total);
     });
   }
 
   // Few rows and many keys: every chunk of keys is an item of its own, merged in order afterwards. All heads of a chunk
   // come before the next chunk: in a (seqlen, heads, dim) cache they share pages, and so address translations.
-  void run_chunks(int64_t most, int nthreads) const {
-    const size_t floats = static_cast<size_t>(items_ * most * state_floats_);
-    float* shared = static_cast<float*>(thread_scratch(ScratchSlot::kShared, floats * sizeof(float)));
-    const auto state_of = [&](int64_t item, int64_t chunk, const RowBlock& block) {
-      return SoftmaxState::at(shared + (item * most + chunk) * state_floats_, block.rows, ldo_);
+  void run_chunks(int64_t most) const {
+    const size_t reals = static_cast<size_t>(items_ * most * state_reals_);
+    Real* shared = static_cast<Real*>(thread_scratch(ScratchSlot::kShared, reals * sizeof(Real)));
+    const auto state_of = [&](int64_t index, int64_t chunk, const WorkItem& item) {
+      return State::at(shared + (index * most + chunk) * state_reals_, item.rows * item.heads, ldo_);
     };
-    parallel_for(most * items_, nthreads, [&](int64_t index) {
-      const int64_t chunk = index / items_, item = index % items_;
-      const RowBlock block = block_of(item);
-      const Chunks chunks(p_, block.batch);
-      if (chunk < chunks.count())
-        Kernel(p_, block, memory(0)).attend(chunks.begin(chunk), chunks.end(chunk), state_of(item, chunk, block));
+    parallel_for(most * items_, nthreads_, [&](int64_t at) {
+      const int64_t chunk = at / items_, index = at % items_;
+      const Place place = place_of(index);
+      if (chunk >= place.first && chunk < place.last)
+        Kernel(p_, place.sequence, place.item, memory(0))
+            .attend(place.begin(chunk), place.end(chunk), state_of(index, chunk, place.item));
     });
-    for (int64_t item = 0; item < items_; ++item) {
-      const RowBlock block = block_of(item);
-      const int64_t count = Chunks(p_, block.batch).count();
-      const SoftmaxState total = state_of(item, 0, block);
-      for (int64_t chunk = 1; chunk < count; ++chunk) merge<Vec>(total, state_of(item, chunk, block), block.rows);
-      finalize<Vec, T>(p_, block, total);
+    for (int64_t index = 0; index < items_; ++index) {
+      const Place place = place_of(index);
+      const int64_t rows = place.item.rows * place.item.heads;
+      if (rows <= 0) continue;
+      const State total = state_of(index, place.first, place.item);
+      if (place.first == place.last) total.clear(rows);
+      for (int64_t chunk = place.first + 1; chunk < place.last; ++chunk)
+        merge<Vec>(total, state_of(index, chunk, place.item), rows);
+      finalize<Vec>(p_, place.sequence, place.item, total);
     }
   }
 
   const AttentionParams& p_;
-  const int64_t rows_, rows_per_item_, heads_, blocks_, items_;
-  const int64_t ldo_, state_floats_, kernel_floats_;
+  const int nthreads_;
+  const int64_t group_, rows_per_item_, heads_per_item_, head_groups_, columns_, blocks_, items_;
+  const int64_t ldo_, state_reals_, kernel_reals_;
 };
 
+template <class Vec, class T>
+void decode(const AttentionParams& p, int64_t rows, int nthreads) {
+  using Kernel = DecodeRows<Vec, T>;
+  // All heads of a token together where they are neighbours in memory, unless that leaves too few items.
+  const bool neighbours = p.kv.k.stride_head < p.kv.k.stride_seqlen && p.kv.v.stride_head < p.kv.v.stride_seqlen;
+  const int64_t chunks = at_least(1, ceil_div(p.kv.seqlen, kMinChunk));
+  int64_t heads = neighbours ? p.nheads_k : 1;
+  while (heads > 1 && (p.nheads_k % heads || heads * rows > Kernel::kMaxAllRows ||
+                       p.batch * (p.nheads_k / heads) * chunks < kItemsPerThread * nthreads))
+    --heads;
+  Forward<Vec, Kernel>(p, rows, heads, nthreads).run();
+}
+
 template <class Vec>
+void tile(const AttentionParams& p, int64_t rows, int nthreads) {
+  using Kernel = ForwardTile<Vec>;
+  // Smaller items where there would be too few of them to keep the threads evenly busy.
+  int64_t per_item = Kernel::max_rows(p);
+  while (per_item > Kernel::kStrip && p.batch * p.nheads_k * ceil_div(rows, per_item) < kItemsPerThread * nthreads)
+    per_item -= Kernel::kStrip;
+  per_item = round_up(ceil_div(rows, ceil_div(rows, per_item)), Vec::kLanes);
+  Forward<Vec, Kernel>(p, at_most(rows, per_item), 1, nthreads).run();
+}
+
+template <class Vec>
+void attention_in(const AttentionParams& p) {
+  const int64_t rows = p.seqlen_q * (p.nheads / p.nheads_k);
+  const int64_t work = rows * p.batch * p.nheads_k * p.kv.seqlen * (p.headdim + p.headdim_v);
+  const int nthreads = work < kSerialWork ? 1 : p.nthreads;
+  constexpr int64_t kFewRows = DecodeRows<Vec, typename Vec::Real>::kMaxRows;
+  if (rows > kFewRows || p.dropout_p > 0) return tile<Vec>(p, rows, nthreads);
+  visit_kv_storage<typename Vec::Real>(p.kv.dtype,
+                                       [&](auto tag) { decode<Vec, typename decltype(tag)::type>(p, rows, nthreads); });
+}
+
+template <class Vec, class VecDouble>
 void attention_forward(const AttentionParams& p) {
   if (p.batch == 0 || p.seqlen_q == 0) return;
-  visit_dtype(p.dtype, [&](auto tag) {
-    using T = typename decltype(tag)::type;
-    using Decode = DecodeRows<Vec, T>;
-    using Tile = ForwardTile<Vec, T>;
-    const int64_t rows = p.seqlen_q * (p.nheads / p.nheads_k);
-    if (rows <= Decode::kMaxRows) return Forward<Vec, T, Decode>(p, rows).run();
-    // Smaller items where there would be too few of them to keep the threads evenly busy.
-    int64_t per_item = Tile::max_rows(p);
-    while (per_item > Tile::kStrip && p.batch * p.nheads_k * ceil_div(rows, per_item) < 4 * p.nthreads)
-      per_item -= Tile::kStrip;
-    Forward<Vec, T, Tile>(p, rows < per_item ? rows : per_item).run();
-  });
+  p.dtype == DType::f64 ? attention_in<VecDouble>(p) : attention_in<Vec>(p);
 }
 
 }  // namespace

@@ -6,72 +6,91 @@
 #pragma once
 
 #include "cpu/attention_common.h"
-#include "cpu/scratch.h"
 #include "cpu/tile_gemm.h"
 
 namespace fastattn {
 namespace {
 
-// (keys, dim) rows of a cache or tensor, widened to fp32; rows up to a whole number of kBlockK are zero.
-template <class Vec, class T>
-inline void pack_block(const TensorView& view, int64_t batch, int64_t head, int64_t first_key, int keys, int64_t dim,
-                       float* tile, int64_t ld) {
-  for (int key = 0; key < keys; ++key) {
-    const T* source = row_pointer<T>(view, batch, first_key + key, head);
-    float* row = tile + key * ld;
-    int64_t d = 0;
-    for (; d + Vec::kLanes <= dim; d += Vec::kLanes) Vec::load(source + d).store(row + d);
-    if (d < dim) Vec::load_n(source + d, static_cast<int>(dim - d)).store(row + d);
-  }
-  for (int key = keys; key < kBlockK; ++key)
-    for (int64_t d = 0; d < ld; d += Vec::kLanes) Vec::zero().store(tile + key * ld + d);
+// One head of k or v, with the scales that int8 comes with.
+struct KVHead {
+  const TensorView& view;
+  const TensorView& scale;
+  const KVParams& kv;
+  const KeySpan& span;
+  int64_t head;
+  int64_t dim;
+};
+
+// Keys [first_key, first_key + keys) of (keys, dim) rows, widened; rows up to a whole number of kBlockK are zero.
+template <class Vec, class Real = typename Vec::Real>
+inline void pack_block(const KVHead& x, int64_t first_key, int keys, Real* tile, int64_t ld) {
+  visit_kv_storage<Real>(x.kv.dtype, [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    const KeyRows<const T> rows(x.view, x.kv, x.span, x.head);
+    const KeyRows<const float> scales(x.scale, x.kv, x.span, x.head);
+    for (int key = 0; key < keys; ++key) {
+      const T* source = rows[first_key + key];
+      const float* scale = sizeof(T) == 1 ? scales[first_key + key] : nullptr;
+      Real* row = tile + key * ld;
+      for (int64_t d = 0; d < x.dim; d += Vec::kLanes)
+        load_scaled<Vec>(source + d, static_cast<int>(x.dim - d), scale).store(row + d);
+    }
+  });
+  for (int64_t i = keys * ld; i < kBlockK * ld; i += Vec::kLanes) Vec::zero().store(tile + i);
 }
 
-template <class Vec, class T>
+template <class Vec>
 class ForwardTile {
  public:
-  static constexpr int kStrip = Vec::kTileVecs * Vec::kLanes;  // rows whose scores are alive at a time
+  using Real = typename Vec::Real;
+  static constexpr int kStripVecs = Vec::kTileVecs;
+  static constexpr int kStrip = kStripVecs * Vec::kLanes;  // rows whose scores are alive at a time
 
   // Rows per work item: enough to amortise packing K and V, few enough to leave Q, O and a K/V tile in L2.
   static int64_t max_rows(const AttentionParams& p) {
-    const int64_t dim = p.headdim > p.headdim_v ? p.headdim : p.headdim_v;
-    const int64_t target = dim <= 128 ? 192 : dim <= 256 ? 96 : 48;
+    const int64_t dim = at_least(p.headdim, p.headdim_v), target = dim <= 128 ? 192 : dim <= 256 ? 96 : 48;
     return round_up(target, kStrip);
   }
 
-  static int64_t floats(const AttentionParams& p, int64_t rows) {
-    const Layout layout(p, rows);
-    return layout.total;
+  static int64_t reals(const AttentionParams& p, int64_t rows, int64_t) { return Layout(p, rows).total; }
+
+  // Of one head.
+  ForwardTile(const AttentionParams& p, const Sequence& sequence, const WorkItem& item, Real* memory)
+      : p_(p),
+        sequence_(sequence),
+        block_(item.block(0)),
+        visibility_(p, sequence),
+        layout_(p, item.rows),
+        memory_(memory),
+        modifiers_(p, sequence, block_, memory + layout_.modifiers),
+        dropout_(p, sequence, block_, memory + layout_.dropout),
+        k_head_{p.kv.k, p.kv.k_scale, p.kv, sequence.keys, item.head_k, p.headdim},
+        v_head_{p.kv.v, p.kv.v_scale, p.kv, sequence.keys, item.head_k, p.headdim_v} {
+    visit_storage<Real>(p.dtype, [&](auto tag) { pack_queries<typename decltype(tag)::type>(); });
   }
 
-  ForwardTile(const AttentionParams& p, const RowBlock& block, float* memory)
-      : p_(p), block_(block), lengths_(p, block.batch), layout_(p, block.rows), memory_(memory) {
-    pack_queries();
-  }
-
-  // Attend keys [begin, end): the state is overwritten, row-major.
-  void attend(int64_t begin, int64_t end, const SoftmaxState& state) {
+  // Attend keys [begin, end), of which begin starts a block: the state is overwritten, row-major.
+  void attend(int64_t begin, int64_t end, const SoftmaxState<Real>& state) {
     reset();
-    const int64_t last_row = block_.first_row + block_.rows - 1;
-    const int64_t visible = lengths_.visible(p_, last_row);  // the block's longest prefix: keys past it are dead
-    if (end > visible) end = visible;
+    end = at_most(end, visibility_.end(last_row()));
+    begin = at_least(begin, visibility_.begin(block_.first_row) / kBlockK * kBlockK);
     for (int64_t key = begin; key < end; key += kBlockK) {
-      const int keys = static_cast<int>(end - key < kBlockK ? end - key : kBlockK);
-      pack_block<Vec, T>(p_.k, block_.batch, block_.head_k, key, keys, p_.headdim, k(), layout_.ldk);
-      pack_block<Vec, T>(p_.v, block_.batch, block_.head_k, key, keys, p_.headdim_v, v(), layout_.ldv);
-      for (int64_t row = 0; row < block_.rows; row += kStrip) {
-        const int64_t vecs = ceil_div(block_.rows - row < kStrip ? block_.rows - row : kStrip, Vec::kLanes);
-        strip_of(static_cast<int>(vecs), row, key);
+      const int keys = static_cast<int>(at_most(kBlockK, end - key));
+      bool packed = false;
+      const int64_t vecs = layout_.ldr / Vec::kLanes, strips = ceil_div(vecs, kStripVecs);
+      for (int64_t strip = 0; strip < strips; ++strip) {  // of equal size, give or take a vector
+        const int64_t first = strip * vecs / strips, last = (strip + 1) * vecs / strips;
+        strip_of(static_cast<int>(last - first), first * Vec::kLanes, key, keys, &packed);
       }
     }
     export_state(state);
   }
 
  private:
-  // Where each array starts in the item's memory, in floats; every row is a whole number of vectors.
+  // Where each array starts in the item's memory; every row is a whole number of vectors.
   struct Layout {
     int64_t ldr, ldk, ldv;  // rows, headdim and headdim_v rounded up
-    int64_t q, o, max, sum, limit, k, v, s, total;
+    int64_t q, o, max, sum, begin, end, modifiers, dropout, k, v, s, total;
     Layout(const AttentionParams& p, int64_t rows)
         : ldr(round_up(rows, Vec::kLanes)),
           ldk(round_up(p.headdim, Vec::kLanes)),
@@ -80,42 +99,47 @@ class ForwardTile {
       o = q + p.headdim * ldr;
       max = o + ldv * ldr;
       sum = max + ldr;
-      limit = sum + ldr;
-      k = limit + ldr;
+      begin = sum + ldr;
+      end = begin + ldr;
+      modifiers = end + ldr;
+      dropout = modifiers + ScoreModifiers<Vec>::reals(p, rows);
+      k = dropout + Dropout<Vec>::reals(p, rows);
       v = k + kBlockK * ldk;
       s = v + kBlockK * ldv;
       total = s + kBlockK * kStrip;
     }
   };
 
-  float* q() const { return memory_ + layout_.q; }          // (headdim, ldr), times softmax_scale * log2(e)
-  float* o() const { return memory_ + layout_.o; }          // (ldv, ldr)
-  float* max_() const { return memory_ + layout_.max; }     // (ldr,)
-  float* sum_() const { return memory_ + layout_.sum; }     // (ldr,)
-  float* limit() const { return memory_ + layout_.limit; }  // (ldr,), visible keys from the block's first key on
-  float* k() const { return memory_ + layout_.k; }          // (kBlockK, ldk)
-  float* v() const { return memory_ + layout_.v; }          // (kBlockK, ldv)
-  float* s() const { return memory_ + layout_.s; }          // (kBlockK, kStrip)
+  Real* q() const { return memory_ + layout_.q; }           // (headdim, ldr), times softmax_scale * log2(e)
+  Real* o() const { return memory_ + layout_.o; }           // (ldv, ldr)
+  Real* max_() const { return memory_ + layout_.max; }      // (ldr,)
+  Real* sum_() const { return memory_ + layout_.sum; }      // (ldr,)
+  Real* begin_() const { return memory_ + layout_.begin; }  // (ldr,), visible keys from the block's first key on
+  Real* end_() const { return memory_ + layout_.end; }      // (ldr,)
+  Real* k() const { return memory_ + layout_.k; }           // (kBlockK, ldk)
+  Real* v() const { return memory_ + layout_.v; }           // (kBlockK, ldv)
+  Real* s() const { return memory_ + layout_.s; }           // (kBlockK, kStrip)
 
-  const T* query_row(int64_t r) const {
-    const int64_t row = block_.first_row + r, group = lengths_.group;
-    return row_pointer<T>(p_.q, block_.batch, row / group, block_.head_k * group + row % group);
-  }
+  int64_t last_row() const { return block_.first_row + block_.rows - 1; }
 
   // Q^T in squares of kLanes rows by kLanes dimensions; rows past the end repeat the last one and are never stored.
+  template <class T>
   void pack_queries() {
-    const Vec scale = Vec::set1(p_.softmax_scale * kLog2e);
-    for (int64_t r = 0; r < layout_.ldr; r += Vec::kLanes)
+    const Vec scale = Vec::set1(static_cast<Real>(p_.softmax_scale * kLog2e));
+    for (int64_t r = 0; r < layout_.ldr; r += Vec::kLanes) {
+      const T* rows[Vec::kLanes];
+      for (int i = 0; i < Vec::kLanes; ++i) {
+        const int64_t row = at_most(last_row(), block_.first_row + r + i);
+        rows[i] = sequence_.query<const T>(p_.q, visibility_.query(row), visibility_.head(block_, row));
+      }
       for (int64_t d = 0; d < p_.headdim; d += Vec::kLanes) {
-        const int dims = static_cast<int>(p_.headdim - d < Vec::kLanes ? p_.headdim - d : Vec::kLanes);
+        const int dims = static_cast<int>(at_most(Vec::kLanes, p_.headdim - d));
         Vec square[Vec::kLanes];
-        for (int i = 0; i < Vec::kLanes; ++i) {
-          const T* row = query_row(r + i < block_.rows ? r + i : block_.rows - 1) + d;
-          square[i] = (dims == Vec::kLanes ? Vec::load(row) : Vec::load_n(row, dims)) * scale;
-        }
+        for (int i = 0; i < Vec::kLanes; ++i) square[i] = load_scaled<Vec>(rows[i] + d, dims, nullptr) * scale;
         Vec::transpose(square);
         for (int i = 0; i < dims; ++i) square[i].store(q() + (d + i) * layout_.ldr + r);
       }
+    }
   }
 
   void reset() {
@@ -126,20 +150,35 @@ class ForwardTile {
     for (int64_t i = 0; i < layout_.ldv * layout_.ldr; i += Vec::kLanes) Vec::zero().store(o() + i);
   }
 
-  void strip_of(int vecs, int64_t row, int64_t key) {
-    // The last row's prefix is the longest of the strip, the first row's the shortest.
-    const int64_t first = block_.first_row + row, last = first + vecs * Vec::kLanes - 1;
-    const int64_t rows_end = block_.first_row + block_.rows - 1;
-    if (lengths_.visible(p_, last < rows_end ? last : rows_end) <= key) return;
-    const bool masked = lengths_.visible(p_, first) < key + kBlockK;
-    if (masked)
+  // What a strip has to do about a block of keys.
+  enum class Kind { open, edge, modified };
+
+  void strip_of(int vecs, int64_t row, int64_t key, int keys, bool* packed) {
+    const int64_t first = block_.first_row + row;
+    const int64_t last = at_most(last_row(), first + vecs * Vec::kLanes - 1);
+    if (visibility_.end(last) <= key || visibility_.begin(first) >= key + keys) return;
+    const Cover cover = modifiers_.cover(row, vecs * Vec::kLanes, key, keys);
+    if (cover == Cover::none) return;
+    if (!*packed) {
+      pack_block<Vec>(k_head_, key, keys, k(), layout_.ldk);
+      pack_block<Vec>(v_head_, key, keys, v(), layout_.ldv);
+      *packed = true;
+    }
+    const bool edge = visibility_.end(first) < key + kBlockK || visibility_.begin(last) > key;
+    const Kind kind = modifiers_.any(cover) ? Kind::modified : edge ? Kind::edge : Kind::open;
+    if (kind != Kind::open)
       for (int64_t r = row; r < row + vecs * Vec::kLanes; ++r) {
-        const int64_t inside = lengths_.visible(p_, block_.first_row + r) - key;
-        limit()[r] = static_cast<float>(inside < 0 ? 0 : inside > kBlockK ? kBlockK : inside);
+        const int64_t own = at_most(last_row(), block_.first_row + r);
+        begin_()[r] = static_cast<Real>(at_least(0, visibility_.begin(own) - key));
+        end_()[r] = static_cast<Real>(at_least(0, at_most(kBlockK, visibility_.end(own) - key)));
       }
-    visit_vecs<Vec::kTileVecs>(vecs, [&](auto count) {
+    visit_vecs<kStripVecs>(vecs, [&](auto count) {
       constexpr int kVecs = decltype(count)::value;
-      masked ? strip<kVecs, true>(row) : strip<kVecs, false>(row);
+      switch (kind) {
+        case Kind::open: return strip<kVecs, Kind::open>(row, key, keys, cover);
+        case Kind::edge: return strip<kVecs, Kind::edge>(row, key, keys, cover);
+        case Kind::modified: return strip<kVecs, Kind::modified>(row, key, keys, cover);
+      }
     });
   }
 
@@ -159,16 +198,50 @@ class ForwardTile {
   }
 
   // One strip of rows against one block of keys: scores, softmax step, values.
-  template <int kVecs, bool kMasked>
-  void strip(int64_t row) {
+  template <int kVecs, Kind kKind>
+  void strip(int64_t row, int64_t key, int keys, Cover cover) {
+    constexpr int kLanes = Vec::kLanes;
+    Vec top[kVecs];
+    for (int i = 0; i < kVecs; ++i) top[i] = Vec::load(max_() + row + i * kLanes);
+    Real* scores = s();
+    score_tile<kVecs, kKind>(row, top);
+    if constexpr (kKind == Kind::modified) {
+      modifiers_.apply_tile(scores, kStrip, row, kVecs, key, keys, cover);
+      hide_and_find_top<kVecs>(row, top);
+    }
+
+    Vec shift[kVecs], scale[kVecs], sum[kVecs];
+    for (int i = 0; i < kVecs; ++i) {
+      Real* running = max_() + row + i * kLanes;
+      // A row that has seen no key yet subtracts 0: exp2(-inf) is 0, where -inf - -inf were NaN.
+      shift[i] = select(Vec::set1(-kInfinity) < top[i], top[i], Vec::zero());
+      scale[i] = exp2(Vec::load(running) - shift[i]);
+      sum[i] = Vec::load(sum_() + row + i * kLanes) * scale[i];
+      top[i].store(running);
+    }
+    for (int j = 0; j < kBlockK; ++j)
+      for (int i = 0; i < kVecs; ++i) {
+        Real* at = scores + j * kStrip + i * kLanes;
+        const Vec prob = exp2(Vec::load(at) - shift[i]);
+        sum[i] = sum[i] + prob;
+        prob.store(at);
+      }
+    for (int i = 0; i < kVecs; ++i) sum[i].store(sum_() + row + i * kLanes);
+    if (dropout_.on()) dropout_.apply_tile(scores, kStrip, row, kVecs, key, keys);
+    value_tile<kVecs>(row, scale);
+  }
+
+  // s = K Q^T; without modifiers the visible range is cut and the maximum taken on the way.
+  template <int kVecs, Kind kKind>
+  inline __attribute__((always_inline)) void score_tile(int64_t row, Vec (&top)[kVecs]) {
     constexpr int kLanes = Vec::kLanes, kCols = Vec::kTileCols;
     static_assert(kBlockK % kCols == 0, "a block is a whole number of tiles");
-    Vec top[kVecs], limits[kVecs];
-    for (int i = 0; i < kVecs; ++i) {
-      top[i] = Vec::load(max_() + row + i * kLanes);
-      if constexpr (kMasked) limits[i] = Vec::load(limit() + row + i * kLanes);
-    }
-    float* scores = s();
+    Vec begins[kVecs], ends[kVecs];
+    if constexpr (kKind == Kind::edge)
+      for (int i = 0; i < kVecs; ++i) {
+        begins[i] = Vec::load(begin_() + row + i * kLanes);
+        ends[i] = Vec::load(end_() + row + i * kLanes);
+      }
     // One chain of FMAs over dimensions [d, d + depth); kFirst and kLast say whether it begins and ends the score.
     const auto chain = [&](auto first, auto last, int key, int64_t d, int64_t depth) {
       constexpr bool kFirst = decltype(first)::value, kLast = decltype(last)::value;
@@ -176,11 +249,10 @@ class ForwardTile {
           q() + d * layout_.ldr + row, layout_.ldr, k() + key * layout_.ldk + d, layout_.ldk, 1, depth,
           [](int, int) { return Vec::zero(); },
           [&](int col, int vec, Vec score) {
-            float* at = scores + (key + col) * kStrip + vec * kLanes;
+            Real* at = s() + (key + col) * kStrip + vec * kLanes;
             if constexpr (!kFirst) score = Vec::load(at) + score;
-            if constexpr (kLast && kMasked)
-              score = select(Vec::set1(static_cast<float>(key + col)) < limits[vec], score, Vec::set1(-kInfinity));
-            if constexpr (kLast) top[vec] = max(top[vec], score);
+            if constexpr (kLast && kKind == Kind::edge) score = visible(score, key + col, begins[vec], ends[vec]);
+            if constexpr (kLast && kKind != Kind::modified) top[vec] = max(top[vec], score);
             score.store(at);
           });
     };
@@ -195,38 +267,43 @@ class ForwardTile {
       for (; d + kScoreChain < headdim; d += kScoreChain) chain(Bool<false>{}, Bool<false>{}, key, d, kScoreChain);
       chain(Bool<false>{}, Bool<true>{}, key, d, headdim - d);
     }
+  }
 
-    Vec shift[kVecs], scale[kVecs], sum[kVecs];
+  static Vec visible(Vec score, int key, Vec begin, Vec end) {
+    const Vec at = Vec::set1(static_cast<Real>(key));
+    return select((begin <= at) & (at < end), score, Vec::set1(-kInfinity));
+  }
+
+  template <int kVecs>
+  void hide_and_find_top(int64_t row, Vec (&top)[kVecs]) {
     for (int i = 0; i < kVecs; ++i) {
-      float* running = max_() + row + i * kLanes;
-      // A row that has seen no key yet subtracts 0: exp2(-inf) is 0, where -inf - -inf were NaN.
-      shift[i] = select(Vec::set1(-kInfinity) < top[i], top[i], Vec::zero());
-      scale[i] = exp2(Vec::load(running) - shift[i]);
-      sum[i] = Vec::load(sum_() + row + i * kLanes) * scale[i];
-      top[i].store(running);
-    }
-    for (int key = 0; key < kBlockK; ++key)
-      for (int i = 0; i < kVecs; ++i) {
-        float* at = scores + key * kStrip + i * kLanes;
-        const Vec prob = exp2(Vec::load(at) - shift[i]);
-        sum[i] = sum[i] + prob;
-        prob.store(at);
+      const Vec begin = Vec::load(begin_() + row + i * Vec::kLanes), end = Vec::load(end_() + row + i * Vec::kLanes);
+      for (int j = 0; j < kBlockK; ++j) {
+        Real* at = s() + j * kStrip + i * Vec::kLanes;
+        const Vec score = visible(Vec::load(at), j, begin, end);
+        top[i] = max(top[i], score);
+        score.store(at);
       }
-    for (int i = 0; i < kVecs; ++i) sum[i].store(sum_() + row + i * kLanes);
+    }
+  }
 
-    float* out = o() + row;
+  // o = o * scale + P V
+  template <int kVecs>
+  inline __attribute__((always_inline)) void value_tile(int64_t row, const Vec (&scale)[kVecs]) {
+    constexpr int kLanes = Vec::kLanes, kCols = Vec::kTileCols;
+    Real* out = o() + row;
     const int64_t ldr = layout_.ldr;
     for (int64_t d = 0; d < p_.headdim_v; d += kCols)  // ldv is a multiple of kCols: the tail's columns are zero
       tile_gemm<Vec, kVecs, kCols>(
-          scores, kStrip, v() + d, 1, layout_.ldv, kBlockK,
+          s(), kStrip, v() + d, 1, layout_.ldv, kBlockK,
           [&](int col, int vec) { return Vec::load(out + (d + col) * ldr + vec * kLanes) * scale[vec]; },
           [&](int col, int vec, Vec value) { value.store(out + (d + col) * ldr + vec * kLanes); });
   }
 
   // The strips' O^T to row-major rows.
-  void export_state(const SoftmaxState& state) {
+  void export_state(const SoftmaxState<Real>& state) {
     for (int64_t r = 0; r < block_.rows; r += Vec::kLanes) {
-      const int rows = static_cast<int>(block_.rows - r < Vec::kLanes ? block_.rows - r : Vec::kLanes);
+      const int rows = static_cast<int>(at_most(Vec::kLanes, block_.rows - r));
       for (int64_t d = 0; d < layout_.ldv; d += Vec::kLanes) {
         Vec square[Vec::kLanes];
         for (int i = 0; i < Vec::kLanes; ++i) square[i] = Vec::load(o() + (d + i) * layout_.ldr + r);
@@ -239,10 +316,14 @@ class ForwardTile {
   }
 
   const AttentionParams& p_;
+  const Sequence& sequence_;
   const RowBlock block_;
-  const Lengths lengths_;
+  const Visibility visibility_;
   const Layout layout_;
-  float* const memory_;
+  Real* const memory_;
+  const ScoreModifiers<Vec> modifiers_;
+  const Dropout<Vec> dropout_;
+  const KVHead k_head_, v_head_;
 };
 
 }  // namespace

@@ -2,7 +2,7 @@
 // its bits depend on nothing but the row.
 #pragma once
 
-#include "cpu/attention_common.h"
+#include "cpu/integers.h"
 #include "cpu/parallel.h"
 #include "cpu/vec_math.h"
 #include "params.h"
@@ -70,7 +70,7 @@ void silu_mul(const SiluMulParams& p) {
     for_vectors<Vec>(p.ffn, [&](int64_t i, auto load, auto store) {
       const Vec g = load(gate + i);
       // exp2 ends at 126: a gate below -87 counts as 2^-126 of itself instead of less.
-      const Vec e = exp2(min(Vec::set1(126.0f), g * Vec::set1(-kLog2e)));
+      const Vec e = exp2(min(Vec::set1(126.0f), g * Vec::set1(static_cast<float>(-kLog2e))));
       store(g / (Vec::set1(1.0f) + e) * load(up + i), out + i);
     });
   });

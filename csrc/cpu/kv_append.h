@@ -1,8 +1,8 @@
 // Rotary embedding (Su et al., arXiv 2104.09864) of q and of the new keys, and their append to the cache.
 #pragma once
 
-#include "cpu/attention_common.h"
 #include "cpu/parallel.h"
+#include "cpu/sequence.h"
 #include "dispatch.h"
 
 namespace fastattn {
@@ -18,51 +18,93 @@ void copy_row(const From* source, To* out, int64_t dim) {
   if (d < dim) Vec::load_n(source + d, static_cast<int>(dim - d)).store_n(out + d, static_cast<int>(dim - d));
 }
 
+// One row to the cache's type; int8 counts in steps of the row's largest element / 127.
+template <class Vec, class Real, class To>
+void store_row(const Real* source, To* out, float* scale, int64_t dim) {
+  if constexpr (sizeof(To) == 1) {
+    float top = 0;
+    for (int64_t d = 0; d < dim; ++d) top = source[d] > top ? source[d] : -source[d] > top ? -source[d] : top;
+    *scale = top / 127;
+    const float steps = top > 0 ? 127 / top : 0;
+    for (int64_t d = 0; d < dim; ++d) out[d] = static_cast<int8_t>(__builtin_rintf(source[d] * steps));
+  } else {
+    copy_row<Vec>(source, out, dim);
+  }
+}
+
 // One head of one token, turned by the angles of `position`; dimensions past 2 * half_rotary pass unchanged.
-template <class Vec, class T>
-void rotate_row(const KVAppendParams& p, int64_t position, const T* source, T* out) {
-  float row[kMaxHeaddim], turned[kMaxHeaddim];
-  copy_row<Vec>(source, row, p.headdim);
+template <class Real>
+void rotate(const KVAppendParams& p, int64_t position, const Real* row, Real* turned) {
   const float* cos = p.rotary_cos + position * p.half_rotary;
   const float* sin = p.rotary_sin + position * p.half_rotary;
   const int64_t half = p.half_rotary, step = p.interleaved ? 2 : 1, partner = p.interleaved ? 1 : half;
   for (int64_t i = 0; i < half; ++i) {
-    const float a = row[i * step], b = row[i * step + partner];
+    const Real a = row[i * step], b = row[i * step + partner];
     turned[i * step] = a * cos[i] - b * sin[i];
     turned[i * step + partner] = a * sin[i] + b * cos[i];
   }
   for (int64_t d = 2 * half; d < p.headdim; ++d) turned[d] = row[d];
-  copy_row<Vec>(turned, out, p.headdim);
 }
 
-template <class Vec, class T>
-void append_kv_rows(const KVAppendParams& p) {
-  const bool rotary = p.rotary_cos != nullptr;
+// T is what q and the new rows are, Cache what the cache is.
+template <class Vec, class T, class Cache>
+class KVAppend {
+ public:
+  using Real = typename Vec::Real;
+
+  explicit KVAppend(const KVAppendParams& p) : p_(p) {}
+
   // One item is one token: its queries if they turn, its keys and values if they are new.
-  const int64_t rows_q = rotary ? p.seqlen_q : 0;
-  const int64_t rows = rows_q > p.seqlen_new ? rows_q : p.seqlen_new;
-  const bool small = p.batch * rows * (p.nheads + 2 * p.nheads_k) * p.headdim < int64_t{1} << 17;
-  parallel_for(p.batch * rows, small ? 1 : p.nthreads, [&](int64_t item) {
-    const int64_t batch = item / rows, row = item % rows, start = p.cache_seqlens[batch];
-    if (row < rows_q)
-      for (int64_t head = 0; head < p.nheads; ++head)
-        rotate_row<Vec, T>(p, start + (p.q_per_row ? row : 0), row_pointer<T>(p.q, batch, row, head),
-                           const_cast<T*>(row_pointer<T>(p.q_out, batch, row, head)));
-    if (row < p.seqlen_new)
-      for (int64_t head = 0; head < p.nheads_k; ++head) {
-        const T* k = row_pointer<T>(p.k, batch, row, head);
-        T* k_out = const_cast<T*>(row_pointer<T>(p.k_cache, batch, start + row, head));
-        rotary ? rotate_row<Vec, T>(p, start + row, k, k_out) : copy_row<Vec>(k, k_out, p.headdim);
-        copy_row<Vec>(row_pointer<T>(p.v, batch, row, head),
-                      const_cast<T*>(row_pointer<T>(p.v_cache, batch, start + row, head)), p.headdim_v);
-      }
-  });
-}
+  void run() const {
+    const int64_t rows_q = p_.rotary_cos ? p_.seqlen_q : 0, rows = at_least(rows_q, p_.seqlen_new);
+    const bool small = p_.batch * rows * (p_.nheads + 2 * p_.nheads_k) * p_.headdim < int64_t{1} << 17;
+    parallel_for(p_.batch * rows, small ? 1 : p_.nthreads, [&](int64_t item) {
+      const int64_t batch = item / rows, row = item % rows;
+      const KeySpan span(p_.kv, batch);
+      if (row < rows_q) turn_queries(batch, row, span.length + (p_.q_per_row ? row : 0));
+      if (row < p_.seqlen_new) append(batch, row, span);
+    });
+  }
 
-template <class Vec>
+ private:
+  void turn_queries(int64_t batch, int64_t row, int64_t position) const {
+    for (int64_t head = 0; head < p_.nheads; ++head) {
+      Real line[kMaxHeaddim], turned[kMaxHeaddim];
+      copy_row<Vec>(row_pointer<const T>(p_.q, batch, row, head), line, p_.headdim);
+      rotate(p_, position, line, turned);
+      copy_row<Vec>(turned, row_pointer<T>(p_.q_out, batch, row, head), p_.headdim);
+    }
+  }
+
+  void append(int64_t batch, int64_t row, const KeySpan& span) const {
+    const int64_t key = span.length + row;
+    for (int64_t head = 0; head < p_.nheads_k; ++head) {
+      Real line[kMaxHeaddim], turned[kMaxHeaddim];
+      copy_row<Vec>(row_pointer<const T>(p_.k, batch, row, head), line, p_.headdim);
+      if (p_.rotary_cos) rotate(p_, key, line, turned);
+      write(p_.kv.k, p_.kv.k_scale, span, key, head, p_.rotary_cos ? turned : line, p_.headdim);
+      copy_row<Vec>(row_pointer<const T>(p_.v, batch, row, head), line, p_.headdim_v);
+      write(p_.kv.v, p_.kv.v_scale, span, key, head, line, p_.headdim_v);
+    }
+  }
+
+  void write(const TensorView& cache, const TensorView& scale, const KeySpan& span, int64_t key, int64_t head,
+             const Real* row, int64_t dim) const {
+    float* step = sizeof(Cache) == 1 ? KeyRows<float>(scale, p_.kv, span, head)[key] : nullptr;
+    store_row<Vec>(row, KeyRows<Cache>(cache, p_.kv, span, head)[key], step, dim);
+  }
+
+  const KVAppendParams& p_;
+};
+
+template <class Vec, class VecDouble>
 void append_kv(const KVAppendParams& p) {
   if (p.batch == 0) return;
-  visit_dtype(p.dtype, [&](auto tag) { append_kv_rows<Vec, typename decltype(tag)::type>(p); });
+  if (p.dtype == DType::f64) return KVAppend<VecDouble, double, double>(p).run();
+  visit_dtype(p.dtype, [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    visit_kv_storage<float>(p.kv.dtype, [&](auto cache) { KVAppend<Vec, T, typename decltype(cache)::type>(p).run(); });
+  });
 }
 
 }  // namespace

@@ -8,7 +8,7 @@
 
 #include <cstring>
 
-#include "cpu/attention_common.h"
+#include "cpu/integers.h"
 #include "cpu/parallel.h"
 #include "params.h"
 

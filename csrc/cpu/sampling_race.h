@@ -130,7 +130,7 @@ class Race {
     least_ = reach > cut_.value ? reach : cut_.value;
   }
 
-  PhiloxLanes<Vec> noise_;
+  NoiseLanes<Vec> noise_;
   Softmax<Vec> softmax_;
   Cut cut_;
   Vec minus_half_max_, half_scale_;

@@ -16,10 +16,10 @@ namespace {
 // kPhases multiplications one after the other.
 template <class Vec>
 struct FmaProduct {
-  using Scalar = float;
+  using Scalar = typename Vec::Real;
   using Factor = Vec;
   static constexpr int kPhases = 1;
-  static Factor row(const float* a, int) { return Vec::load(a); }
+  static Factor row(const typename Vec::Real* a, int) { return Vec::load(a); }
   static Factor col(const Scalar* b, int) { return Vec::set1(*b); }
   static Vec multiply_add(Factor row, Factor col, Vec c) { return fma(row, col, c); }
 };
@@ -32,9 +32,9 @@ struct NoStep {
 // the result, step(i) runs before step i: all are inlined, which is where masks, biases, rescaling and prefetching
 // attach without touching this loop.
 template <class Vec, int kVecs, int kCols, class Product = FmaProduct<Vec>, class Init, class Done, class Step = NoStep>
-inline __attribute__((always_inline)) void tile_gemm(const float* a, int64_t lda, const typename Product::Scalar* b,
-                                                     int64_t b_col, int64_t b_depth, int64_t depth, Init&& init,
-                                                     Done&& done, Step&& step = Step{}) {
+inline __attribute__((always_inline)) void tile_gemm(const typename Vec::Real* a, int64_t lda,
+                                                     const typename Product::Scalar* b, int64_t b_col, int64_t b_depth,
+                                                     int64_t depth, Init&& init, Done&& done, Step&& step = Step{}) {
   Vec c[kCols][kVecs];
 #pragma GCC unroll 16
   for (int col = 0; col < kCols; ++col)

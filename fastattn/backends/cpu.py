@@ -21,7 +21,10 @@ if TYPE_CHECKING:
     from fastattn.args import AttentionArgs, KVAppendArgs, SamplingArgs
 
 NAME = "cpu"
-FEATURES: frozenset[str] = frozenset()
+FEATURES = frozenset(
+    {"window", "softcap", "alibi", "bias", "mask", "sinks", "dropout", "varlen", "leftpad", "cache_batch_idx", "paged",
+     "kv_dtype"}
+)  # fmt: skip
 
 # The ISA is chosen once, at import; a wrong FASTATTN_CPU_ISA is not a crash but the reason why this backend is off.
 _ISA_ERROR: str | None = None
@@ -31,7 +34,13 @@ if _C is not None:
     except ValueError as error:
         _ISA_ERROR = str(error)
 
-_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # csrc/params.h, DType
+_DTYPES = {
+    torch.float32: 0,
+    torch.bfloat16: 1,
+    torch.float16: 2,
+    torch.float64: 3,
+    torch.int8: 4,
+}  # csrc/params.h, DType
 _MAX_VOCAB = 1 << 22  # csrc/params.h, kMaxVocab
 _SAMPLING_ERRORS = {1: "has NaN", 2: "has +inf", 3: "has no finite logit"}  # csrc/params.h, SamplingError
 
@@ -78,25 +87,21 @@ def supports(args: AttentionArgs | KVAppendArgs | SamplingArgs) -> str | None:
 
 
 def attention(args: AttentionArgs) -> tuple[Tensor, Tensor | None]:
-    """``out (batch, seqlen_q, nheads, headdim_v)`` in q's dtype and ``lse (batch, nheads, seqlen_q)`` float32."""
+    """``out (batch, seqlen_q, nheads, headdim_v)`` in q's dtype and ``lse (batch, nheads, seqlen_q)`` float32.
+
+    Packed sequences: out (1, total_q, nheads, headdim_v) and lse (nheads, total_q). float64 for float64.
+    """
     q, k, v = _unit_stride(args.q), _unit_stride(args.k), _unit_stride(args.v)
-    batch, seqlen_q, nheads, headdim = q.shape
-    _, seqlen_k, nheads_k, headdim_v = v.shape
-    out = q.new_empty((batch, seqlen_q, nheads, headdim_v))
-    lse = q.new_empty((batch, nheads, seqlen_q), dtype=torch.float32) if args.return_lse else None
-    _C.attention_forward(
-        _view(q),
-        _view(k),
-        _view(v),
-        _view(out),
-        0 if lse is None else lse.data_ptr(),
-        0 if args.seqlens_k is None else args.seqlens_k.data_ptr(),
-        (batch, seqlen_q, seqlen_k, nheads, nheads_k, headdim, headdim_v),
-        args.softmax_scale,
-        args.causal,
-        _DTYPES[q.dtype],
-        torch.get_num_threads(),
-    )
+    batch, seqlen_q, nheads, _ = q.shape
+    out = q.new_empty((batch, seqlen_q, nheads, v.shape[3]))
+    if args.return_lse:
+        shape = (nheads, seqlen_q) if args.cu_seqlens_q is not None else (batch, nheads, seqlen_q)
+        lse = q.new_empty(shape, dtype=_statistics(q))
+        lse_view = (lse.data_ptr(), nheads * seqlen_q, seqlen_q)
+    else:
+        lse, lse_view = None, (0, 0, 0)
+    modifiers = _Modifiers(args) if args.features() else None
+    _C.attention_forward(_call(args, q, k, v, modifiers), _view(out), lse_view)
     return out, lse
 
 
@@ -106,11 +111,21 @@ def append_kv(args: KVAppendArgs) -> tuple[Tensor, Tensor]:
     batch, seqlen_q, nheads, headdim = q.shape
     nheads_k, headdim_v = args.v_cache.shape[2:]
     # Without new tokens k and v stand in with zero rows.
-    k = args.k_cache[:, :0] if args.k is None else _unit_stride(args.k)
-    v = args.v_cache[:, :0] if args.v is None else _unit_stride(args.v)
+    k = q[:, :0] if args.k is None else _unit_stride(args.k)
+    v = q[:, :0] if args.v is None else _unit_stride(args.v)
     cos = None if args.rotary_cos is None else args.rotary_cos.float().contiguous()
     sin = None if args.rotary_sin is None else args.rotary_sin.float().contiguous()
     q_out = q if cos is None else torch.empty_like(q, memory_format=torch.contiguous_format)
+    sizes = (
+        batch,
+        seqlen_q,
+        k.shape[1],
+        nheads,
+        nheads_k,
+        headdim,
+        headdim_v,
+        0 if cos is None else cos.shape[1],
+    )
     _C.append_kv(
         _view(q),
         _view(q_out),
@@ -118,25 +133,113 @@ def append_kv(args: KVAppendArgs) -> tuple[Tensor, Tensor]:
         _view(v),
         _view(args.k_cache),
         _view(args.v_cache),
-        args.cache_seqlens.data_ptr(),
-        0 if cos is None else cos.data_ptr(),
-        0 if sin is None else sin.data_ptr(),
+        _kv(args, args.k_cache, args.cache_seqlens),
+        _address(cos),
+        _address(sin),
+        sizes,
+        args.rotary_interleaved,
+        args.rotary_per_row,
+        _DTYPES[q.dtype],
+        _DTYPES[args.k_cache.dtype],
+        torch.get_num_threads(),
+    )
+    return q_out, args.cache_seqlens if args.k is None else args.cache_seqlens + k.shape[1]
+
+
+def _statistics(q: Tensor) -> torch.dtype:
+    """What scores, lse and accumulators are."""
+    return torch.float64 if q.dtype == torch.float64 else torch.float32
+
+
+class _Modifiers:
+    """What a call needs beyond plain attention, as the kernels read it; keeps the converted tensors alive."""
+
+    def __init__(self, args: AttentionArgs) -> None:
+        compute = _statistics(args.q)
+        shape = (args.batch, args.q.shape[2], args.max_seqlen_q or args.q.shape[1], _keys(args))
+        slopes = None if args.alibi_slopes is None else args.alibi_slopes.to(compute).contiguous()
+        sinks = None if args.sinks is None else args.sinks.to(compute).contiguous()
+        bias, mask = args.attn_bias, args.attn_mask
+        if bias is not None:
+            # Kernels read the 16-bit floats as they are; everything else becomes what they compute in.
+            if compute == torch.float64 or bias.dtype not in _DTYPES:
+                bias = bias.to(compute)
+            bias = bias.expand(shape)
+        if mask is not None:
+            mask = mask.expand(shape)
+        seed, offset = (0, 0) if args.rng_state is None else args.rng_state.tolist()
+        self.tensors = (slopes, sinks, bias, mask)
+        self.call = (
+            args.softcap,
+            _address(slopes),
+            slopes.shape[1] if slopes is not None and slopes.dim() == 2 else 0,
+            None if bias is None else (bias.data_ptr(), *bias.stride(), _DTYPES[bias.dtype]),
+            None if mask is None else (mask.data_ptr(), *mask.stride(), _DTYPES[torch.int8]),
+            _address(sinks),
+            args.dropout_p,
+            seed,
+            offset,
+        )
+
+
+def _keys(args: AttentionArgs) -> int:
+    """The keys of the longest sequence, or room for them."""
+    if args.block_table is not None:
+        return args.block_table.shape[1] * args.k.shape[1]
+    return args.max_seqlen_k if args.cu_seqlens_k is not None else args.k.shape[1]
+
+
+def _call(
+    args: AttentionArgs, q: Tensor, k: Tensor, v: Tensor, modifiers: _Modifiers | None
+) -> tuple[object, ...]:
+    """What forward and backward share; csrc/bindings.cpp, attention_params."""
+    packed = args.cu_seqlens_q is not None
+    _, seqlen_q, nheads, headdim = q.shape
+    nheads_k, headdim_v = v.shape[2:]
+    left, right = args.window_size
+    return (
+        _view(q),
+        _view(k),
+        _view(v),
         (
-            batch,
-            seqlen_q,
-            k.shape[1],
+            args.batch,
+            args.max_seqlen_q if packed else seqlen_q,
+            _keys(args),
             nheads,
             nheads_k,
             headdim,
             headdim_v,
-            0 if cos is None else cos.shape[1],
         ),
-        args.rotary_interleaved,
-        args.rotary_per_row,
+        args.softmax_scale,
+        left,
+        0 if args.causal else right,
         _DTYPES[q.dtype],
+        _DTYPES[k.dtype],
         torch.get_num_threads(),
+        _address(args.cu_seqlens_q),
+        None if modifiers is None and args.seqlens_k is None else _kv(args, k, args.seqlens_k),
+        None if modifiers is None else modifiers.call,
     )
-    return q_out, args.cache_seqlens if args.k is None else args.cache_seqlens + k.shape[1]
+
+
+def _kv(args: AttentionArgs | KVAppendArgs, k: Tensor, seqlens: Tensor | None) -> tuple[object, ...]:
+    """Where the keys of each sequence are; csrc/bindings.cpp, fill_kv."""
+    table = args.block_table
+    scales = [None if s is None else (s.data_ptr(), *s.stride()) for s in (args.k_scale, args.v_scale)]
+    return (
+        _address(getattr(args, "cu_seqlens_k", None)),
+        _address(seqlens),
+        _address(args.k_leftpad),
+        _address(args.cache_batch_idx),
+        _address(table),
+        0 if table is None else table.stride(0),
+        k.shape[1],
+        *scales,
+    )
+
+
+def _address(x: Tensor | None) -> int:
+    return 0 if x is None else x.data_ptr()
 
 
 class PackedWeights(NamedTuple):

@@ -2,5 +2,5 @@
 #include "cpu/simd/vec_avx512.h"
 
 namespace fastattn {
-extern const KernelTable avx512_kernels = make_table<VecAvx512>("avx512");
+extern const KernelTable avx512_kernels = make_table<VecAvx512, VecF64<64>>("avx512");
 }

@@ -2,5 +2,5 @@
 #include "cpu/simd/dot_avx512_bf16.h"
 
 namespace fastattn {
-extern const KernelTable avx512_bf16_kernels = make_table<VecAvx512, DotBf16Product>("avx512_bf16");
+extern const KernelTable avx512_bf16_kernels = make_table<VecAvx512, VecF64<64>, DotBf16Product>("avx512_bf16");
 }

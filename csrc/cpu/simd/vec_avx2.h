@@ -13,6 +13,7 @@ namespace fastattn {
 namespace {
 
 struct VecAvx2 {
+  using Real = float;
   static constexpr int kLanes = 8;
   // 3 x 4 accumulators, 3 row vectors and a broadcast: all 16 registers.
   static constexpr int kTileVecs = 3;
@@ -34,6 +35,9 @@ struct VecAvx2 {
   static VecAvx2 load(const float* p) { return {_mm256_loadu_ps(p)}; }
   static VecAvx2 load(const bf16_t* p) { return widen_bf16(_mm_loadu_si128((const __m128i*)p)); }
   static VecAvx2 load(const f16_t* p) { return {_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p))}; }
+  static VecAvx2 load(const int8_t* p) {
+    return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p)))};
+  }
   static VecAvx2 load_n(const float* p, int n) { return {_mm256_maskload_ps(p, first_n(n))}; }
   template <class T>
   static VecAvx2 load_n(const T* p, int n) {
@@ -70,6 +74,7 @@ struct VecAvx2 {
   friend Mask operator<=(VecAvx2 a, VecAvx2 b) { return {_mm256_cmp_ps(a.r, b.r, _CMP_LE_OQ)}; }
   friend Mask either_nan(VecAvx2 a, VecAvx2 b) { return {_mm256_cmp_ps(a.r, b.r, _CMP_UNORD_Q)}; }
   friend Mask operator|(Mask a, Mask b) { return {_mm256_or_ps(a.m, b.m)}; }
+  friend Mask operator&(Mask a, Mask b) { return {_mm256_and_ps(a.m, b.m)}; }
   friend uint32_t lane_bits(Mask m) { return static_cast<uint32_t>(_mm256_movemask_ps(m.m)); }
   friend VecAvx2 select(Mask m, VecAvx2 a, VecAvx2 b) { return {_mm256_blendv_ps(b.r, a.r, m.m)}; }
 
@@ -88,6 +93,7 @@ struct VecAvx2 {
   friend float first(VecAvx2 v) { return _mm256_cvtss_f32(v.r); }
 
   friend U32 as_bits(VecAvx2 v) { return reinterpret_cast<U32>(v.r); }
+  static VecAvx2 from_bits(U32 x) { return {reinterpret_cast<__m256>(x)}; }
   static VecAvx2 from_int(U32 x) { return {_mm256_cvtepi32_ps(reinterpret_cast<__m256i>(x))}; }  // signed
   friend F64 widen_low(VecAvx2 v) { return _mm256_cvtps_pd(_mm256_castps256_ps128(v.r)); }
   friend F64 widen_high(VecAvx2 v) { return _mm256_cvtps_pd(_mm256_extractf128_ps(v.r, 1)); }

@@ -11,6 +11,7 @@ namespace fastattn {
 namespace {
 
 struct VecAvx512 {
+  using Real = float;
   static constexpr int kLanes = 16;
   // 3 x 8 accumulators, 3 row vectors and a broadcast: 28 of 32 registers, 11 loads for 24 FMAs.
   static constexpr int kTileVecs = 3;
@@ -32,9 +33,11 @@ struct VecAvx512 {
   static VecAvx512 load(const float* p) { return {_mm512_loadu_ps(p)}; }
   static VecAvx512 load(const bf16_t* p) { return widen_bf16(_mm256_loadu_si256((const __m256i*)p)); }
   static VecAvx512 load(const f16_t* p) { return {_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p))}; }
+  static VecAvx512 load(const int8_t* p) { return widen_i8(_mm_loadu_si128((const __m128i*)p)); }
   static VecAvx512 load_n(const float* p, int n) { return {_mm512_maskz_loadu_ps(first_n(n), p)}; }
   static VecAvx512 load_n(const bf16_t* p, int n) { return widen_bf16(_mm256_maskz_loadu_epi16(first_n(n), p)); }
   static VecAvx512 load_n(const f16_t* p, int n) { return {_mm512_cvtph_ps(_mm256_maskz_loadu_epi16(first_n(n), p))}; }
+  static VecAvx512 load_n(const int8_t* p, int n) { return widen_i8(_mm_maskz_loadu_epi8(first_n(n), p)); }
   // The even and the odd halves of 2 * kLanes bf16, held as pairs in 32-bit words.
   static VecAvx512 even_bf16(VecAvx512 words) {
     return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_castps_si512(words.r), 16))};
@@ -60,6 +63,7 @@ struct VecAvx512 {
   friend Mask operator<=(VecAvx512 a, VecAvx512 b) { return {_mm512_cmp_ps_mask(a.r, b.r, _CMP_LE_OQ)}; }
   friend Mask either_nan(VecAvx512 a, VecAvx512 b) { return {_mm512_cmp_ps_mask(a.r, b.r, _CMP_UNORD_Q)}; }
   friend Mask operator|(Mask a, Mask b) { return {static_cast<__mmask16>(a.m | b.m)}; }
+  friend Mask operator&(Mask a, Mask b) { return {static_cast<__mmask16>(a.m & b.m)}; }
   friend uint32_t lane_bits(Mask m) { return m.m; }
   friend VecAvx512 select(Mask m, VecAvx512 a, VecAvx512 b) { return {_mm512_mask_blend_ps(m.m, b.r, a.r)}; }
 
@@ -72,6 +76,7 @@ struct VecAvx512 {
   friend float first(VecAvx512 v) { return _mm512_cvtss_f32(v.r); }
 
   friend U32 as_bits(VecAvx512 v) { return reinterpret_cast<U32>(v.r); }
+  static VecAvx512 from_bits(U32 x) { return {reinterpret_cast<__m512>(x)}; }
   static VecAvx512 from_int(U32 x) { return {_mm512_cvtepi32_ps(reinterpret_cast<__m512i>(x))}; }  // signed
   friend F64 widen_low(VecAvx512 v) { return _mm512_cvtps_pd(_mm512_castps512_ps256(v.r)); }
   friend F64 widen_high(VecAvx512 v) { return _mm512_cvtps_pd(_mm512_extractf32x8_ps(v.r, 1)); }
@@ -128,6 +133,7 @@ struct VecAvx512 {
   static VecAvx512 widen_bf16(__m256i x) {
     return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16))};
   }
+  static VecAvx512 widen_i8(__m128i x) { return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(x))}; }
   static __m256i narrow_bf16(__m512 x) {  // to nearest, ties to even; NaN stays a quiet NaN
     const __m512i bits = _mm512_castps_si512(x);
     const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));

@@ -13,6 +13,7 @@ namespace fastattn {
 namespace {
 
 struct VecNeon {
+  using Real = float;
   static constexpr int kLanes = 4;
   // 4 x 4 accumulators, 4 row vectors and a broadcast: 21 of 32 registers.
   static constexpr int kTileVecs = 4;
@@ -37,6 +38,11 @@ struct VecNeon {
   }
   static VecNeon load(const f16_t* p) {
     return {vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(reinterpret_cast<const uint16_t*>(p))))};
+  }
+  static VecNeon load(const int8_t* p) {
+    int32_t bytes;
+    memcpy(&bytes, p, sizeof bytes);
+    return {vcvtq_f32_s32(vmovl_s16(vget_low_s16(vmovl_s8(vreinterpret_s8_s32(vdup_n_s32(bytes))))))};
   }
   template <class T>
   static VecNeon load_n(const T* p, int n) {
@@ -81,6 +87,7 @@ struct VecNeon {
     return {vmvnq_u32(vandq_u32(vceqq_f32(a.r, a.r), vceqq_f32(b.r, b.r)))};
   }
   friend Mask operator|(Mask a, Mask b) { return {vorrq_u32(a.m, b.m)}; }
+  friend Mask operator&(Mask a, Mask b) { return {vandq_u32(a.m, b.m)}; }
   friend uint32_t lane_bits(Mask m) {
     const uint32_t weights[kLanes] = {1, 2, 4, 8};
     return vaddvq_u32(vandq_u32(m.m, vld1q_u32(weights)));
@@ -97,6 +104,7 @@ struct VecNeon {
   friend float first(VecNeon v) { return vgetq_lane_f32(v.r, 0); }
 
   friend U32 as_bits(VecNeon v) { return reinterpret_cast<U32>(v.r); }
+  static VecNeon from_bits(U32 x) { return {reinterpret_cast<float32x4_t>(x)}; }
   static VecNeon from_int(U32 x) { return {vcvtq_f32_s32(reinterpret_cast<int32x4_t>(x))}; }  // signed
   friend F64 widen_low(VecNeon v) { return reinterpret_cast<F64>(vcvt_f64_f32(vget_low_f32(v.r))); }
   friend F64 widen_high(VecNeon v) { return reinterpret_cast<F64>(vcvt_high_f64_f32(v.r)); }

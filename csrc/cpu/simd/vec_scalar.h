@@ -11,6 +11,7 @@ namespace fastattn {
 namespace {
 
 inline float to_float(float x) { return x; }
+inline float to_float(int8_t x) { return x; }
 
 inline float to_float(bf16_t x) {
   const uint32_t bits = static_cast<uint32_t>(x.bits) << 16;
@@ -72,6 +73,7 @@ inline void from_float(float x, f16_t* out) {
 }
 
 struct VecScalar {
+  using Real = float;
   static constexpr int kLanes = 4;
   // The register tile of tile_gemm.h: kTileVecs vectors of rows by kTileCols columns.
   static constexpr int kTileVecs = 2;
@@ -133,6 +135,7 @@ struct VecScalar {
   friend Mask operator<=(VecScalar a, VecScalar b) { return {a.r <= b.r}; }
   friend Mask either_nan(VecScalar a, VecScalar b) { return {(a.r != a.r) | (b.r != b.r)}; }
   friend Mask operator|(Mask a, Mask b) { return {a.m | b.m}; }
+  friend Mask operator&(Mask a, Mask b) { return {a.m & b.m}; }
   friend uint32_t lane_bits(Mask m) {  // bit i is lane i
     const Int weighted = m.m & Int{1, 2, 4, 8};
     return static_cast<uint32_t>(weighted[0] | weighted[1] | weighted[2] | weighted[3]);
@@ -159,6 +162,7 @@ struct VecScalar {
   friend float first(VecScalar v) { return v.r[0]; }
 
   friend U32 as_bits(VecScalar v) { return reinterpret_cast<U32>(v.r); }
+  static VecScalar from_bits(U32 x) { return {reinterpret_cast<Reg>(x)}; }
   static VecScalar from_int(U32 x) { return {__builtin_convertvector(reinterpret_cast<Int>(x), Reg)}; }  // signed
   friend F64 widen_low(VecScalar v) { return F64{v.r[0], v.r[1]}; }
   friend F64 widen_high(VecScalar v) { return F64{v.r[2], v.r[3]}; }
