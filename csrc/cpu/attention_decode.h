@@ -6,6 +6,8 @@
 // time, so that memory is read in the order in which it lies.
 #pragma once
 
+#include <cstring>
+
 #include "cpu/attention_common.h"
 
 namespace fastattn {
@@ -19,11 +21,14 @@ class Prefetch {
   Prefetch(const T* const* rows, int n, int64_t bytes)
       : rows_(reinterpret_cast<const char* const*>(rows)), end_(rows_ + n), bytes_(bytes) {}
 
-  void lines(int n) {
-    for (; n > 0 && rows_ != end_; --n) {
-      __builtin_prefetch(*rows_ + at_, 0, kIntoL2);
-      at_ += kLine;
-      if (at_ >= bytes_) {
+  void lines(int64_t n) {
+    while (n > 0 && rows_ != end_) {
+      const int64_t left = ceil_div(bytes_ - at_, kLine), now = at_most(left, n);
+      const char* line = *rows_ + at_;
+      for (int64_t i = 0; i < now; ++i) __builtin_prefetch(line + i * kLine, 0, kIntoL2);
+      at_ += now * kLine;
+      n -= now;
+      if (now == left) {
         at_ = 0;
         ++rows_;
       }
@@ -38,16 +43,25 @@ class Prefetch {
   int64_t bytes_, at_ = 0;
 };
 
+template <class T>
+struct IsBf16 {
+  static constexpr bool value = false;
+};
+template <>
+struct IsBf16<bf16_t> {
+  static constexpr bool value = true;
+};
+
 template <class Vec, class T>
 class DecodeRows {
  public:
   using Real = typename Vec::Real;
   static constexpr int kMaxRows = 8;       // of one head
+  static constexpr int kPassRows = 4;      // whose sums stay in registers
   static constexpr int kMaxAllRows = 128;  // of all heads of an item: their scores stay in L1
 
   static int64_t reals(const AttentionParams& p, int64_t rows, int64_t heads) {
-    return rows * heads * (round_up(p.headdim, Vec::kLanes) + kBlockK) + rows * kGranule +
-           ScoreModifiers<Vec>::reals(p, rows);
+    return rows * heads * (round_up(p.headdim, Vec::kLanes) + kBlockK) + ScoreModifiers<Vec>::reals(p, rows);
   }
 
   // All rows of some heads.
@@ -62,8 +76,7 @@ class DecodeRows {
         modified_(p.softcap > 0 || p.bias.data || p.alibi_slopes || p.mask.data),
         q_(memory),
         s_(q_ + rows_ * heads_ * ldq_),
-        chain_(s_ + rows_ * heads_ * kBlockK),
-        modifiers_(chain_ + rows_ * kGranule) {
+        modifiers_(s_ + rows_ * heads_ * kBlockK) {
     visit_storage<Real>(p.dtype, [&](auto tag) { load_queries<typename decltype(tag)::type>(); });
   }
 
@@ -88,7 +101,8 @@ class DecodeRows {
       Real scale[kMaxAllRows];
       for (int64_t h = 0; h < heads_; ++h) {
         if (modified_) modify(h, key, keys);
-        for (int64_t r = 0; r < rows_; ++r) scale[h * rows_ + r] = softmax_step(h, r, key, state);
+        visit_rows(
+            [&](auto count, int64_t r) { softmax_step<decltype(count)::value>(h, r, key, state, scale + h * rows_); });
       }
       for (int from = 0; from < keys; from += kGranule) {
         const bool last = from + kGranule >= keys;
@@ -97,16 +111,26 @@ class DecodeRows {
           values(h, key, v, from, from == 0 ? scale + h * rows_ : nullptr, state, &ahead);
       }
     }
+    sort_dims(state);
   }
 
  private:
   static constexpr int kLanes = Vec::kLanes;
   static constexpr int kGroups = kBlockK >= 2 * kLanes ? 2 : 1;  // key vectors in flight: one alone is one long chain
   static constexpr int kGranule = kGroups * kLanes;              // keys
+  static constexpr int kValueVecs = Vec::kTileCols / 2 > 1 ? Vec::kTileCols / 2 : 1;  // by 4 rows of accumulators
+  // bf16 is read two dimensions to a 32-bit word: half the loads, half the transposing, a shift or a mask to widen.
+  static constexpr bool kPairs = IsBf16<T>::value && kValueVecs % 2 == 0;
+  static constexpr int kSquareDims = kPairs ? 2 * kLanes : kLanes;
+  // So that a granule at work fetches a granule.
   static constexpr int kVecBytes = kLanes * static_cast<int>(sizeof(T));
-  static constexpr int kLinesPerVec = kVecBytes > 64 ? kVecBytes / 64 : 1;  // so that a granule fetches a granule
-  static constexpr int kLinesPerSquare = kLanes * kVecBytes > 64 ? kLanes * kVecBytes / 64 : 1;
-  static constexpr int kValueVecs = Vec::kTileCols / 2 > 0 ? Vec::kTileCols / 2 : 1;  // by 4 rows of accumulators
+  static constexpr int kPrefetchKeys = 4;
+  static constexpr int kLinesPerSquare = kSquareDims * kVecBytes > 64 ? kSquareDims * kVecBytes / 64 : 1;
+
+  template <int kCount>
+  struct Rows {
+    static constexpr int value = kCount;
+  };
 
   // Where the rows of a block's keys are, in the first head; keys past the end repeat the last one.
   struct Granules {
@@ -132,15 +156,20 @@ class DecodeRows {
     }
   };
 
+  // The rows of a pass lie side by side, dimension by dimension, so that one register addresses them all.
   template <class Q>
   void load_queries() {
     const Vec scale = Vec::set1(static_cast<Real>(p_.softmax_scale * kLog2e));
     for (int64_t h = 0; h < heads_; ++h)
       for (int64_t r = 0; r < rows_; ++r) {
         const Q* row = sequence_.query<const Q>(p_.q, visibility_.query(r), visibility_.head(item_.block(h), r));
-        for (int64_t d = 0; d < ldq_; d += kLanes)
-          (load_scaled<Vec>(row + d, static_cast<int>(p_.headdim - d), nullptr) * scale)
-              .store(q_ + (h * rows_ + r) * ldq_ + d);
+        const int64_t pass = r / kPassRows * kPassRows, together = at_most(kPassRows, rows_ - pass);
+        Real* q = q_ + (h * rows_ + pass) * ldq_ + (r - pass);
+        for (int64_t d = 0; d < ldq_; d += kLanes) {
+          Real lanes[kLanes];
+          (load_scaled<Vec>(row + d, static_cast<int>(p_.headdim - d), nullptr) * scale).store(lanes);
+          for (int i = 0; i < kLanes; ++i) q[(d + i) * together] = lanes[i];
+        }
       }
   }
 
@@ -152,52 +181,93 @@ class DecodeRows {
 
   // s[r][key] = q[r] . k[key] for a granule of keys of head h.
   void scores(int64_t h, int64_t key, const Granules& k, int from, Prefetch* ahead) {
+    visit_rows([&](auto count, int64_t r) {
+      score_rows<decltype(count)::value>(h, r, key, k, from, r == 0 ? ahead : nullptr);
+    });
+  }
+
+  // The rows of a head, kPassRows at a time.
+  template <class Fn>
+  void visit_rows(Fn&& fn) {
+    int64_t r = 0;
+    for (; r + kPassRows <= rows_; r += kPassRows) fn(Rows<kPassRows>{}, r);
+    switch (rows_ - r) {
+      case 3: return fn(Rows<3>{}, r);
+      case 2: return fn(Rows<2>{}, r);
+      case 1: return fn(Rows<1>{}, r);
+    }
+  }
+
+  template <int kRows>
+  void score_rows(int64_t h, int64_t r, int64_t key, const Granules& k, int from, Prefetch* ahead) {
+    Real* s = s_ + (h * rows_ + r) * kBlockK + from;
+    const Real* q = q_ + (h * rows_ + r) * ldq_;
     for (int64_t d = 0; d < p_.headdim; d += kScoreChain) {
-      Real* sums = d == 0 ? s_ + h * rows_ * kBlockK + from : chain_;
-      const int64_t ld = d == 0 ? kBlockK : kGranule;
-      for (int64_t r = 0; r < rows_; ++r)
-        for (int i = 0; i < kGranule; i += kLanes) Vec::zero().store(sums + r * ld + i);
-      score_chain(h, key, k, from, d, at_most(p_.headdim, d + kScoreChain), sums, ld, ahead);
-      if (d == 0) continue;
-      for (int64_t r = 0; r < rows_; ++r)
-        for (int i = 0; i < kGranule; i += kLanes) {
-          Real* at = s_ + (h * rows_ + r) * kBlockK + from + i;
-          (Vec::load(at) + Vec::load(chain_ + r * kGranule + i)).store(at);
+      Vec sum[kGroups][kRows];
+#pragma GCC unroll 2
+      for (int g = 0; g < kGroups; ++g)
+#pragma GCC unroll 4
+        for (int i = 0; i < kRows; ++i) sum[g][i] = Vec::zero();
+      score_chain<kRows>(h, key, k, from, d, at_most(p_.headdim, d + kScoreChain), q, sum, ahead);
+#pragma GCC unroll 2
+      for (int g = 0; g < kGroups; ++g)
+#pragma GCC unroll 4
+        for (int i = 0; i < kRows; ++i) {
+          Real* at = s + i * kBlockK + g * kLanes;
+          (d == 0 ? sum[g][i] : Vec::load(at) + sum[g][i]).store(at);
         }
     }
   }
 
-  // sums[r][key] += the part of the score from dimensions [begin, end).
-  void score_chain(int64_t h, int64_t first_key, const Granules& k, int from, int64_t begin, int64_t end, Real* sums,
-                   int64_t ld, Prefetch* ahead) {
+  // sum[group][row][key] += the part of the scores from dimensions [d, end).
+  template <int kRows>
+  inline __attribute__((always_inline)) void score_chain(int64_t h, int64_t key, const Granules& k, int from, int64_t d,
+                                                         int64_t end, const Real* q, Vec (&sum)[kGroups][kRows],
+                                                         Prefetch* ahead) {
     const int64_t head = h * p_.kv.k.stride_head;
-    for (int64_t d = begin; d < end; d += kLanes)
-      for (int key = 0; key < kGranule; key += kLanes) {
-        if (from + key >= k.keys) break;
-        const T* const* rows = k.row + from + key;
-        const int dims = static_cast<int>(at_most(kLanes, end - d));
+    for (; d + kSquareDims <= end; d += kSquareDims)
+#pragma GCC unroll 2
+      for (int g = 0; g < kGroups; ++g) {
+        const T* const* rows = k.row + from + g * kLanes;
         Vec square[kLanes];
-        if (dims == kLanes) {
 #pragma GCC unroll 16
-          for (int i = 0; i < kLanes; ++i)
+        for (int i = 0; i < kLanes; ++i) {
+          if constexpr (kPairs)
+            square[i] = Vec::load(reinterpret_cast<const float*>(rows[i] + head + d));
+          else
             square[i] =
-                load_scaled<Vec>(rows[i] + head + d, kLanes, scale_of(k, p_.kv.k_scale, h, first_key, from + key + i));
-          ahead->lines(kLinesPerSquare);
-        } else {
-          for (int i = 0; i < kLanes; ++i)
-            square[i] =
-                load_scaled<Vec>(rows[i] + head + d, dims, scale_of(k, p_.kv.k_scale, h, first_key, from + key + i));
+                load_scaled<Vec>(rows[i] + head + d, kLanes, scale_of(k, p_.kv.k_scale, h, key, from + g * kLanes + i));
         }
         Vec::transpose(square);
-        const Real* q = q_ + h * rows_ * ldq_ + d;
-        for (int64_t r = 0; r < rows_; ++r, q += ldq_) {
-          Real* at = sums + r * ld + key;
-          Vec sum = Vec::load(at);
 #pragma GCC unroll 16
-          for (int i = 0; i < kLanes; ++i) sum = fma(square[i], Vec::set1(q[i]), sum);
-          sum.store(at);
+        for (int i = 0; i < kLanes; ++i) {
+          if constexpr (kPairs) {
+            add_products(Vec::even_bf16(square[i]), q + (d + 2 * i) * kRows, sum[g]);
+            add_products(Vec::odd_bf16(square[i]), q + (d + 2 * i + 1) * kRows, sum[g]);
+          } else {
+            add_products(square[i], q + (d + i) * kRows, sum[g]);
+          }
         }
+        if (ahead) ahead->lines(kLinesPerSquare);
+        // Without this the compiler keeps the broadcasts of q for the next group, on the stack.
+        asm volatile("" ::: "memory");
       }
+    for (; d < end; d += kLanes)
+      for (int g = 0; g < kGroups; ++g) {
+        const int dims = static_cast<int>(at_most(kLanes, end - d));
+        Vec square[kLanes];
+        for (int i = 0; i < kLanes; ++i)
+          square[i] = load_scaled<Vec>(k.row[from + g * kLanes + i] + head + d, dims,
+                                       scale_of(k, p_.kv.k_scale, h, key, from + g * kLanes + i));
+        Vec::transpose(square);
+        for (int i = 0; i < dims; ++i) add_products(square[i], q + (d + i) * kRows, sum[g]);
+      }
+  }
+
+  template <int kRows>
+  static inline __attribute__((always_inline)) void add_products(Vec k, const Real* q, Vec (&sum)[kRows]) {
+#pragma GCC unroll 4
+    for (int r = 0; r < kRows; ++r) sum[r] = fma(k, Vec::set1(q[r]), sum[r]);
   }
 
   void modify(int64_t h, int64_t key, int keys) {
@@ -205,82 +275,116 @@ class DecodeRows {
     for (int64_t r = 0; r < rows_; ++r) modifiers.apply_row(s_ + (h * rows_ + r) * kBlockK, r, key, keys);
   }
 
-  // Scores to probabilities, in place; returns what the row's o must be multiplied by.
-  Real softmax_step(int64_t h, int64_t r, int64_t key, const SoftmaxState<Real>& state) {
-    const int64_t row = h * rows_ + r;
-    Real* s = s_ + row * kBlockK;
-    const int64_t end = at_most(kBlockK, at_least(0, visibility_.end(r) - key));
-    for (int64_t i = 0; i < at_most(kBlockK, visibility_.begin(r) - key); ++i) s[i] = -kInfinity;
-    for (int64_t i = end; i < kBlockK; ++i) s[i] = -kInfinity;
-    Vec top = Vec::load(s);
-    for (int i = kLanes; i < kBlockK; i += kLanes) top = max(top, Vec::load(s + i));
-    const Real block_max = reduce_max(top), running = state.max[row];
-    const Real next = running > block_max ? running : block_max;
-    const Real scale = exp2_of_difference<Vec>(running, next);
-    const Vec shift = Vec::set1(next == -kInfinity ? 0 : next);
-    for (int i = 0; i < kBlockK; i += kLanes) exp2(Vec::load(s + i) - shift).store(s + i);
-    Real sum = state.sum[row] * scale;
-    for (int i = 0; i < kBlockK; ++i) sum += s[i];
-    state.max[row] = next;
-    state.sum[row] = sum;
-    return scale;
+  // Scores to probabilities, in place; scale[r] is what the row's o must be multiplied by. The sums are chains of
+  // kBlockK additions: those of several rows run side by side.
+  template <int kRows>
+  void softmax_step(int64_t h, int64_t first, int64_t key, const SoftmaxState<Real>& state, Real* scale) {
+    Real sum[kRows];
+    Real* all = s_ + (h * rows_ + first) * kBlockK;
+    for (int r = 0; r < kRows; ++r) {
+      const int64_t row = h * rows_ + first + r;
+      Real* s = all + r * kBlockK;
+      const int64_t end = at_most(kBlockK, at_least(0, visibility_.end(first + r) - key));
+      for (int64_t i = 0; i < at_most(kBlockK, visibility_.begin(first + r) - key); ++i) s[i] = -kInfinity;
+      for (int64_t i = end; i < kBlockK; ++i) s[i] = -kInfinity;
+      Vec top = Vec::load(s);
+      for (int i = kLanes; i < kBlockK; i += kLanes) top = max(top, Vec::load(s + i));
+      const Real block_max = reduce_max(top), running = state.max[row];
+      const Real next = running > block_max ? running : block_max;
+      const Vec shift = Vec::set1(next == -kInfinity ? 0 : next);
+      for (int i = 0; i < kBlockK; i += kLanes) exp2(Vec::load(s + i) - shift).store(s + i);
+      scale[first + r] = next == running ? 1 : exp2_of_difference<Vec>(running, next);
+      sum[r] = state.sum[row] * scale[first + r];
+      state.max[row] = next;
+    }
+    for (int i = 0; i < kBlockK; ++i)
+      for (int r = 0; r < kRows; ++r) sum[r] += all[r * kBlockK + i];
+    for (int r = 0; r < kRows; ++r) state.sum[h * rows_ + first + r] = sum[r];
   }
 
   // o = o * scale + p v for a granule of keys of head h; without scale o = o + p v.
   void values(int64_t h, int64_t key, const Granules& v, int from, const Real* scale, const SoftmaxState<Real>& state,
               Prefetch* ahead) {
-    int64_t r = 0;
-    for (; r + 4 <= rows_; r += 4) value_rows<4>(h, r, key, v, from, scale, state, ahead);
-    switch (rows_ - r) {
-      case 3: return value_rows<3>(h, r, key, v, from, scale, state, ahead);
-      case 2: return value_rows<2>(h, r, key, v, from, scale, state, ahead);
-      case 1: return value_rows<1>(h, r, key, v, from, scale, state, ahead);
-    }
+    visit_rows([&](auto count, int64_t r) {
+      constexpr int kRows = decltype(count)::value;
+      Tile tile{h,
+                key,
+                &v,
+                from,
+                scale ? scale + r : nullptr,
+                s_ + (h * rows_ + r) * kBlockK,
+                state.o + (h * rows_ + r) * state.ldo,
+                state.ldo,
+                r == 0 ? ahead : nullptr};
+      int64_t d = 0;
+      for (; d + kValueVecs * kLanes <= p_.headdim_v; d += kValueVecs * kLanes)
+        value_tile<kRows, kValueVecs, kPairs>(tile, d, kLanes);
+      for (; d < p_.headdim_v; d += kLanes)
+        value_tile<kRows, 1, false>(tile, d, static_cast<int>(at_most(kLanes, p_.headdim_v - d)));
+    });
   }
 
-  template <int kRows>
-  void value_rows(int64_t h, int64_t r, int64_t key, const Granules& v, int from, const Real* scale,
-                  const SoftmaxState<Real>& state, Prefetch* ahead) {
-    Real* o = state.o + (h * rows_ + r) * state.ldo;
-    const Real* p = s_ + (h * rows_ + r) * kBlockK;
-    int64_t d = 0;
-    for (; d + kValueVecs * kLanes <= p_.headdim_v; d += kValueVecs * kLanes)
-      value_tile<kRows, kValueVecs>(h, key, v, from, d, kLanes, scale ? scale + r : nullptr, p, o + d, state.ldo,
-                                    ahead);
-    for (; d < p_.headdim_v; d += kLanes)
-      value_tile<kRows, 1>(h, key, v, from, d, static_cast<int>(at_most(kLanes, p_.headdim_v - d)),
-                           scale ? scale + r : nullptr, p, o + d, state.ldo, ahead);
-  }
+  struct Tile {
+    int64_t h, key;
+    const Granules* v;
+    int from;
+    const Real* scale;  // (rows,)
+    const Real* p;      // (rows, kBlockK)
+    Real* o;            // (rows, ldo)
+    int64_t ldo;
+    Prefetch* ahead;
+  };
 
-  template <int kRows, int kVecs>
-  inline __attribute__((always_inline)) void value_tile(int64_t h, int64_t first_key, const Granules& v, int from,
-                                                        int64_t d, int dims, const Real* scale, const Real* p, Real* o,
-                                                        int64_t ldo, Prefetch* ahead) {
-    const int64_t at = h * p_.kv.v.stride_head + d;
-    const int end = static_cast<int>(at_most(v.keys, from + kGranule));
+  // With pairs, o holds the even dimensions of two vectors, then the odd ones: sort_dims() puts them right.
+  template <int kRows, int kVecs, bool kInPairs>
+  inline __attribute__((always_inline)) void value_tile(const Tile& t, int64_t d, int dims) {
+    const int64_t at = t.h * p_.kv.v.stride_head + d;
+    const int end = static_cast<int>(at_most(t.v->keys, t.from + kGranule));
     Vec sum[kRows][kVecs];
 #pragma GCC unroll 4
     for (int i = 0; i < kRows; ++i)
 #pragma GCC unroll 4
       for (int j = 0; j < kVecs; ++j) {
-        sum[i][j] = Vec::load(o + i * ldo + j * kLanes);
-        if (scale) sum[i][j] = sum[i][j] * Vec::set1(scale[i]);
+        sum[i][j] = Vec::load(t.o + i * t.ldo + d + j * kLanes);
+        if (t.scale) sum[i][j] = sum[i][j] * Vec::set1(t.scale[i]);
       }
-    for (int key = from; key < end; ++key) {
-      const float* int8_scale = scale_of(v, p_.kv.v_scale, h, first_key, key);
+    for (int key = t.from; key < end; ++key) {
+      const T* line = t.v->row[key] + at;
       Vec row[kVecs];
 #pragma GCC unroll 4
-      for (int j = 0; j < kVecs; ++j) row[j] = load_scaled<Vec>(v.row[key] + at + j * kLanes, dims, int8_scale);
+      for (int j = 0; j < kVecs; ++j) {
+        if constexpr (kInPairs) {
+          const Vec words = Vec::load(reinterpret_cast<const float*>(line + j / 2 * 2 * kLanes));
+          row[j] = j % 2 ? Vec::odd_bf16(words) : Vec::even_bf16(words);
+        } else {
+          row[j] = load_scaled<Vec>(line + j * kLanes, dims, scale_of(*t.v, p_.kv.v_scale, t.h, t.key, key));
+        }
+      }
 #pragma GCC unroll 4
       for (int i = 0; i < kRows; ++i)
 #pragma GCC unroll 4
-        for (int j = 0; j < kVecs; ++j) sum[i][j] = fma(Vec::set1(p[i * kBlockK + key]), row[j], sum[i][j]);
-      ahead->lines(kLinesPerVec * kVecs);
+        for (int j = 0; j < kVecs; ++j) sum[i][j] = fma(Vec::set1(t.p[i * kBlockK + key]), row[j], sum[i][j]);
+      if (t.ahead && key % kPrefetchKeys == 0) t.ahead->lines(kPrefetchKeys * kVecs * kVecBytes / 64);
     }
 #pragma GCC unroll 4
     for (int i = 0; i < kRows; ++i)
 #pragma GCC unroll 4
-      for (int j = 0; j < kVecs; ++j) sum[i][j].store(o + i * ldo + j * kLanes);
+      for (int j = 0; j < kVecs; ++j) sum[i][j].store(t.o + i * t.ldo + d + j * kLanes);
+  }
+
+  void sort_dims(const SoftmaxState<Real>& state) const {
+    if (!kPairs) return;
+    for (int64_t row = 0; row < heads_ * rows_; ++row)
+      for (int64_t d = 0; d + kValueVecs * kLanes <= p_.headdim_v; d += kValueVecs * kLanes)
+        for (int64_t j = 0; j < kValueVecs * kLanes; j += 2 * kLanes) {
+          Real* o = state.o + row * state.ldo + d + j;
+          Real sorted[2 * kLanes];
+          for (int i = 0; i < kLanes; ++i) {
+            sorted[2 * i] = o[i];
+            sorted[2 * i + 1] = o[kLanes + i];
+          }
+          memcpy(o, sorted, sizeof sorted);
+        }
   }
 
   const AttentionParams& p_;
@@ -289,9 +393,8 @@ class DecodeRows {
   const WorkItem item_;
   const int64_t heads_, rows_, ldq_;
   const bool modified_;
-  Real* const q_;          // (heads, rows, ldq), times softmax_scale * log2(e)
+  Real* const q_;          // (heads, passes, ldq, rows of the pass), times softmax_scale * log2(e)
   Real* const s_;          // (heads, rows, kBlockK)
-  Real* const chain_;      // (rows, kGranule), for the chain at work
   Real* const modifiers_;  // ScoreModifiers' own
 };
 
