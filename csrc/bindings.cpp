@@ -8,6 +8,7 @@
 
 #include "cpu/registry.h"
 #include "params.h"
+#include "plain_attention.h"
 
 namespace py = pybind11;
 
@@ -253,6 +254,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("isa", [] { return kernels().name; }, "The instruction set in use.");
   m.def("select_isa", &select_kernels, "Use this instruction set from now on; '' = the best.");
   m.def("attention_forward", &attention_forward);
+  PyModule_AddFunctions(m.ptr(), plain_attention_methods);
   m.def("append_kv", &append_kv);
   m.def("packed_linear_floats", &packed_linear_floats);
   m.def("pack_linear", &pack_linear);

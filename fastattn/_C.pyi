@@ -3,6 +3,8 @@
 A view is (address, batch stride, seqlen stride, head stride), strides in elements.
 """
 
+from torch import Tensor
+
 _View = tuple[int, int, int, int]
 _Tuple = tuple[object, ...]  # nested, see csrc/bindings.cpp
 _PerRow = float | tuple[int]  # a number, or (address,) of one per row
@@ -10,6 +12,10 @@ _PerRow = float | tuple[int]  # a number, or (address,) of one per row
 def isas() -> list[str]: ...
 def isa() -> str: ...
 def select_isa(name: str) -> None: ...
+def bind_tensor(tensor: type, parameter: type, empty_like: object) -> bool: ...
+def plain_attention(
+    q: Tensor, k: Tensor, v: Tensor, causal: bool, softmax_scale: float | None, nthreads: int
+) -> Tensor | None: ...
 def attention_forward(call: _Tuple, out: _View, lse: tuple[int, int, int]) -> None: ...
 def append_kv(
     q: _View, q_out: _View, k: _View, v: _View, k_cache: _View, v_cache: _View, kv: _Tuple,

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from fastattn.args import AttentionArgs, KVAppendArgs
 from fastattn.backends import resolve
+from fastattn.backends.cpu import plain_attention
 from fastattn.checks import Shapes, check_broadcast, check_dtype, check_like, check_range
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -70,6 +71,17 @@ def attention(
         ValueError, TypeError: an argument's shape, dtype, device or range; the message names it.
         NotImplementedError: the forced backend, or every backend, lacks a feature of this call.
     """
+    if (
+        plain_attention is not None
+        and backend == "auto"
+        and attn_bias is attn_mask is alibi_slopes is sinks is None
+        and softcap == dropout_p == 0.0
+        and window_size == (-1, -1)
+        and not return_lse
+    ):
+        out = plain_attention(q, k, v, causal, softmax_scale, torch.get_num_threads())
+        if out is not None:
+            return out
     _check_qkv(q, k, v)
     if type(causal) is not bool:
         raise TypeError(f"causal: expected a bool, got {type(causal).__name__}")

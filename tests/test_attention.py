@@ -180,3 +180,33 @@ def test_float64_and_gradients_take_the_reference():
     out = attention(q, k, v, causal=True)
     torch.testing.assert_close(out.detach(), attention64(q.detach(), k.detach(), v.detach(), causal=True)[0])
     assert torch.autograd.gradcheck(lambda *x: attention(*x, causal=True), (q, k, v))
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=lambda d: str(d)[6:])
+def test_the_quick_way_is_the_same_way(dtype, monkeypatch):
+    """backend="auto" skips the tour through Python for plain calls: the same bits, whatever the layout."""
+    q, k, v = make(5, 9, 4, 2, 24, dtype, batch=2)
+    turned = q.transpose(1, 2).contiguous().transpose(1, 2)
+    for call in (
+        (q, k, v),
+        (turned, k, v),
+        (q, k, v[..., :8]),
+        (q, k[:, :0], v[:, :0]),
+        (q[:0], k[:0], v[:0]),
+        (torch.nn.Parameter(q, requires_grad=False), k, v),
+        (q, k, v.transpose(1, 3).contiguous().transpose(1, 3)),
+    ):
+        for causal in (False, True):
+            for scale in (None, 0.3, 1):
+                quick = attention(*call, causal=causal, softmax_scale=scale)
+                slow = attention(*call, causal=causal, softmax_scale=scale, backend="cpu")
+                assert torch.equal(quick, slow)
+                assert quick.stride() == slow.stride()
+    assert attention(q.clone().requires_grad_(), k, v).requires_grad
+    with pytest.raises(ValueError, match="softmax_scale"):
+        attention(q, k, v, softmax_scale=math.nan)
+    with pytest.raises(TypeError, match="causal"):
+        attention(q, k, v, causal=1)
+    monkeypatch.setenv("FASTATTN_BACKEND", "tpu")
+    with pytest.raises(ValueError, match="backend"):
+        attention(q, k, v)
