@@ -20,11 +20,9 @@ inline Vec abs(Vec x) {
 // In double: x <= 1022, 1e-15, and the Taylor series.
 template <class Vec>
 inline Vec exp2(Vec x) {
-  constexpr bool kDouble = sizeof(typename Vec::Real) == 8;
-  x = max(Vec::set1(kDouble ? -1100.0f : -150.0f), x);  // -inf - round(-inf) would be NaN; a NaN passes through
-  const Vec n = round(x);
-  const Vec r = x - n;
-  if constexpr (kDouble) {
+  Vec n, r;
+  Vec::split(x, &n, &r);
+  if constexpr (sizeof(typename Vec::Real) == 8) {
     constexpr double kTerms[] = {1.3691488853904129e-12, 2.5678435993488206e-11,
                                  4.4455382718708115e-10, 7.0549116208011234e-9,
                                  1.0178086009239699e-7,  1.3215486790144309e-6,

@@ -79,6 +79,12 @@ struct VecAvx2 {
   friend VecAvx2 select(Mask m, VecAvx2 a, VecAvx2 b) { return {_mm256_blendv_ps(b.r, a.r, m.m)}; }
 
   friend VecAvx2 round(VecAvx2 x) { return {_mm256_round_ps(x.r, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
+  // x = n + r with an integral n and |r| <= 1/2; what is so small that exp2 makes zero of it, -inf too, counts as -150.
+  static void split(VecAvx2 x, VecAvx2* n, VecAvx2* r) {
+    x = max(set1(-150.0f), x);  // -inf - round(-inf) would be NaN; a NaN passes through
+    *n = round(x);
+    *r = x - *n;
+  }
   // x * 2^n for an integral n; zero where n <= -127.
   friend VecAvx2 ldexp(VecAvx2 x, VecAvx2 n) {
     __m256i e = _mm256_add_epi32(_mm256_cvtps_epi32(n.r), _mm256_set1_epi32(127));

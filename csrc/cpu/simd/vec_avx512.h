@@ -70,6 +70,11 @@ struct VecAvx512 {
   friend VecAvx512 round(VecAvx512 x) {
     return {_mm512_roundscale_ps(x.r, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
   }
+  // x = n + r with an integral n and |r| <= 1/2; -inf gives n = -inf and r = 0, from which exp2 makes zero.
+  static void split(VecAvx512 x, VecAvx512* n, VecAvx512* r) {
+    r->r = _mm512_reduce_ps(x.r, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    *n = x - *r;
+  }
   // x * 2^n for an integral n; zero where n <= -127, as in every Vec.
   friend VecAvx512 ldexp(VecAvx512 x, VecAvx512 n) { return {_mm512_scalef_ps(x.r, n.r)}; }
   friend float reduce_max(VecAvx512 v) { return _mm512_reduce_max_ps(v.r); }

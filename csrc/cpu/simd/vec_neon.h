@@ -95,6 +95,12 @@ struct VecNeon {
   friend VecNeon select(Mask m, VecNeon a, VecNeon b) { return {vbslq_f32(m.m, a.r, b.r)}; }
 
   friend VecNeon round(VecNeon x) { return {vrndnq_f32(x.r)}; }
+  // x = n + r with an integral n and |r| <= 1/2; what is so small that exp2 makes zero of it, -inf too, counts as -150.
+  static void split(VecNeon x, VecNeon* n, VecNeon* r) {
+    x = max(set1(-150.0f), x);  // -inf - round(-inf) would be NaN; a NaN passes through
+    *n = round(x);
+    *r = x - *n;
+  }
   // x * 2^n for an integral n; zero where n <= -127.
   friend VecNeon ldexp(VecNeon x, VecNeon n) {
     const int32x4_t e = vmaxq_s32(vaddq_s32(vcvtnq_s32_f32(n.r), vdupq_n_s32(127)), vdupq_n_s32(0));

@@ -147,6 +147,12 @@ struct VecScalar {
     const VecScalar magic = set1(0x1.8p23f);
     return (x + magic) - magic;
   }
+  // x = n + r with an integral n and |r| <= 1/2; what is so small that exp2 makes zero of it, -inf too, counts as -150.
+  static void split(VecScalar x, VecScalar* n, VecScalar* r) {
+    x = max(set1(-150.0f), x);  // -inf - round(-inf) would be NaN; a NaN passes through
+    *n = round(x);
+    *r = x - *n;
+  }
   // x * 2^n for an integral n; zero where n <= -127.
   friend VecScalar ldexp(VecScalar x, VecScalar n) {
     Int e = __builtin_convertvector(n.r, Int) + 127;
