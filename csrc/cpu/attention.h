@@ -134,9 +134,9 @@ class Forward {
   const int64_t ldo_, state_reals_, kernel_reals_;
 };
 
-template <class Vec, class T>
+template <class Vec, class T, class Dot>
 void decode(const AttentionParams& p, int64_t rows, int nthreads) {
-  using Kernel = DecodeRows<Vec, T>;
+  using Kernel = DecodeRows<Vec, T, Dot>;
   // All heads of a token together where they are neighbours in memory, unless that leaves too few items.
   const bool neighbours = p.kv.k.stride_head < p.kv.k.stride_seqlen && p.kv.v.stride_head < p.kv.v.stride_seqlen;
   const int64_t chunks = at_least(1, ceil_div(p.kv.seqlen, kMinChunk));
@@ -147,9 +147,9 @@ void decode(const AttentionParams& p, int64_t rows, int nthreads) {
   Forward<Vec, Kernel>(p, rows, heads, nthreads).run();
 }
 
-template <class Vec>
+template <class Vec, class Dot>
 void tile(const AttentionParams& p, int64_t rows, int nthreads) {
-  using Kernel = ForwardTile<Vec>;
+  using Kernel = ForwardTile<Vec, Dot>;
   // Smaller items where there would be too few of them to keep the threads evenly busy.
   int64_t per_item = Kernel::max_rows(p);
   while (per_item > Kernel::kStrip && p.batch * p.nheads_k * ceil_div(rows, per_item) < kItemsPerThread * nthreads)
@@ -158,21 +158,22 @@ void tile(const AttentionParams& p, int64_t rows, int nthreads) {
   Forward<Vec, Kernel>(p, at_most(rows, per_item), 1, nthreads).run();
 }
 
-template <class Vec>
+template <class Vec, class Dot>
 void attention_in(const AttentionParams& p) {
   const int64_t rows = p.seqlen_q * (p.nheads / p.nheads_k);
   const int64_t work = rows * p.batch * p.nheads_k * p.kv.seqlen * (p.headdim + p.headdim_v);
   const int nthreads = work < kSerialWork ? 1 : p.nthreads;
-  constexpr int64_t kFewRows = DecodeRows<Vec, typename Vec::Real>::kMaxRows;
-  if (rows > kFewRows || p.dropout_p > 0) return tile<Vec>(p, rows, nthreads);
-  visit_kv_storage<typename Vec::Real>(p.kv.dtype,
-                                       [&](auto tag) { decode<Vec, typename decltype(tag)::type>(p, rows, nthreads); });
+  constexpr int64_t kFewRows = DecodeRows<Vec, typename Vec::Real, Dot>::kMaxRows;
+  if (rows > kFewRows || p.dropout_p > 0) return tile<Vec, Dot>(p, rows, nthreads);
+  visit_kv_storage<typename Vec::Real>(
+      p.kv.dtype, [&](auto tag) { decode<Vec, typename decltype(tag)::type, Dot>(p, rows, nthreads); });
 }
 
-template <class Vec, class VecDouble>
+// Dot multiplies bf16 by bf16, if the ISA can: tile_gemm.h.
+template <class Vec, class VecDouble, class Dot>
 void attention_forward(const AttentionParams& p) {
   if (p.batch == 0 || p.seqlen_q == 0) return;
-  p.dtype == DType::f64 ? attention_in<VecDouble>(p) : attention_in<Vec>(p);
+  p.dtype == DType::f64 ? attention_in<VecDouble, Dot>(p) : attention_in<Vec, Dot>(p);
 }
 
 }  // namespace

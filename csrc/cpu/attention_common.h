@@ -1,13 +1,14 @@
 // What the tile kernel and the decode kernel share: the order of the arithmetic.
 //
 // Both walk the keys in blocks of kBlockK and in chunks of chunk_keys(seqlen_k), counted from key 0. Within a block a
-// score is one chain of FMAs per kScoreChain dimensions, added in order, and an output one chain over the keys; at a
-// block's end the running (max, sum, out) is rescaled; at a chunk's end it is merged into the total, in order. A block
-// that a row does not see changes nothing in it, to the bit. So a query's bits depend on its own keys and their number
-// only: not on which kernel served it, the other queries, the batch or the threads.
+// score is one chain of multiply-adds per kScoreChain steps, added in order, and an output one chain over the keys; at
+// a block's end the running (max, sum, out) is rescaled; at a chunk's end it is merged into the total, in order. A
+// block that a row does not see changes nothing in it, to the bit. So a query's bits depend on its own keys and their
+// number only: not on which kernel served it, the other queries, the batch or the threads.
 #pragma once
 
 #include <cstdint>
+#include <cstring>
 
 #include "cpu/dropout.h"
 #include "cpu/score_modifiers.h"
@@ -19,7 +20,7 @@
 namespace fastattn {
 namespace {
 
-constexpr int kScoreChain = 64;      // dimensions summed in one chain of FMAs: longer ones lose accuracy
+constexpr int kScoreChain = 64;      // steps of one chain of multiply-adds: longer ones lose accuracy
 constexpr int kBlockK = 64;          // keys per online-softmax step
 constexpr int64_t kMinChunk = 1024;  // keys per independently attended chunk, at least
 constexpr int64_t kMaxChunks = 64;   // bounds the memory of partial results
@@ -112,6 +113,22 @@ inline void finalize(const AttentionParams& p, const Sequence& sequence, const W
           p.lse)[sequence.q_row * p.lse_stride_batch + head * p.lse_stride_head + sequence.q_first + query] =
           empty ? -kInfinity : static_cast<Real>(kLn2) * (max + log2_of(sum));
   }
+}
+
+// How scores are multiplied. Everywhere in Real, scale and log2(e) inside q; but where q and k are bf16 and the ISA has
+// a dot product of bf16 pairs (Dot::kPhases == 1), a step takes two dimensions, exactly, and the score is scaled.
+template <class Vec, class Dot>
+inline bool scores_by_dot(const AttentionParams& p) {
+  return sizeof(typename Vec::Real) == 4 && Dot::kPhases == 1 && p.dtype == DType::bf16 && p.kv.dtype == DType::bf16;
+}
+
+// kLanes words of two bf16 each, of a row with n left; past its end zero.
+template <class Vec>
+inline Vec load_words(const bf16_t* row, int64_t n) {
+  if (n >= 2 * Vec::kLanes) return Vec::load(reinterpret_cast<const float*>(row));
+  bf16_t padded[2 * Vec::kLanes] = {};
+  memcpy(padded, row, static_cast<size_t>(n) * sizeof(bf16_t));
+  return Vec::load(reinterpret_cast<const float*>(padded));
 }
 
 // The first n elements of a row as computed with, `scale` (of int8) times, the others zero.

@@ -52,7 +52,7 @@ struct IsBf16<bf16_t> {
   static constexpr bool value = true;
 };
 
-template <class Vec, class T>
+template <class Vec, class T, class Dot>
 class DecodeRows {
  public:
   using Real = typename Vec::Real;
@@ -74,10 +74,19 @@ class DecodeRows {
         rows_(item.rows),
         ldq_(round_up(p.headdim, Vec::kLanes)),
         modified_(p.softcap > 0 || p.bias.data || p.alibi_slopes || p.mask.data),
+        dots_(scores_by_dot<Vec, Dot>(p)),
         q_(memory),
         s_(q_ + rows_ * heads_ * ldq_),
         modifiers_(s_ + rows_ * heads_ * kBlockK) {
-    visit_storage<Real>(p.dtype, [&](auto tag) { load_queries<typename decltype(tag)::type>(); });
+    visit_storage<Real>(p.dtype, [&](auto tag) {
+      using Q = typename decltype(tag)::type;
+      const Vec scale = Vec::set1(static_cast<Real>(p.softmax_scale * kLog2e));
+      if constexpr (kHasDot && IsBf16<Q>::value)
+        if (dots_) return load_queries<Q>(2, [](const Q* row, int64_t n) { return load_words<Vec>(row, n); });
+      load_queries<Q>(1, [scale](const Q* row, int64_t n) {
+        return load_scaled<Vec>(row, static_cast<int>(at_most(kLanes, n)), nullptr) * scale;
+      });
+    });
   }
 
   // Attend keys [begin, end), of which begin starts a block: the state is overwritten, row-major, head after head.
@@ -121,6 +130,7 @@ class DecodeRows {
   static constexpr int kValueVecs = Vec::kTileCols / 2 > 1 ? Vec::kTileCols / 2 : 1;  // by 4 rows of accumulators
   // bf16 is read two dimensions to a 32-bit word: half the loads, half the transposing, a shift or a mask to widen.
   static constexpr bool kPairs = IsBf16<T>::value && kValueVecs % 2 == 0;
+  static constexpr bool kHasDot = kPairs && Dot::kPhases == 1;
   static constexpr int kSquareDims = kPairs ? 2 * kLanes : kLanes;
   // So that a granule at work fetches a granule.
   static constexpr int kVecBytes = kLanes * static_cast<int>(sizeof(T));
@@ -156,19 +166,19 @@ class DecodeRows {
     }
   };
 
-  // The rows of a pass lie side by side, dimension by dimension, so that one register addresses them all.
-  template <class Q>
-  void load_queries() {
-    const Vec scale = Vec::set1(static_cast<Real>(p_.softmax_scale * kLog2e));
+  // The rows of a pass lie side by side, step by step, so that one register addresses them all. load(row, n) gives the
+  // next kLanes steps, of `dims` dimensions each, where n dimensions are left.
+  template <class Q, class Load>
+  void load_queries(int64_t dims, Load&& load) {
     for (int64_t h = 0; h < heads_; ++h)
       for (int64_t r = 0; r < rows_; ++r) {
         const Q* row = sequence_.query<const Q>(p_.q, visibility_.query(r), visibility_.head(item_.block(h), r));
         const int64_t pass = r / kPassRows * kPassRows, together = at_most(kPassRows, rows_ - pass);
         Real* q = q_ + (h * rows_ + pass) * ldq_ + (r - pass);
-        for (int64_t d = 0; d < ldq_; d += kLanes) {
+        for (int64_t d = 0; d < p_.headdim; d += dims * kLanes) {
           Real lanes[kLanes];
-          (load_scaled<Vec>(row + d, static_cast<int>(p_.headdim - d), nullptr) * scale).store(lanes);
-          for (int i = 0; i < kLanes; ++i) q[(d + i) * together] = lanes[i];
+          load(row + d, p_.headdim - d).store(lanes);
+          for (int i = 0; i < kLanes; ++i) q[(d / dims + i) * together] = lanes[i];
         }
       }
   }
@@ -200,30 +210,54 @@ class DecodeRows {
 
   template <int kRows>
   void score_rows(int64_t h, int64_t r, int64_t key, const Granules& k, int from, Prefetch* ahead) {
-    Real* s = s_ + (h * rows_ + r) * kBlockK + from;
     const Real* q = q_ + (h * rows_ + r) * ldq_;
-    for (int64_t d = 0; d < p_.headdim; d += kScoreChain) {
+    if constexpr (kHasDot)
+      if (dots_) {
+        const Vec scale = Vec::set1(static_cast<Real>(p_.softmax_scale * kLog2e));
+        return score_chains<kRows>(
+            h, r, from, ceil_div(p_.headdim, 2),
+            [&](int64_t begin, int64_t end, Vec(&sum)[kGroups][kRows]) {
+              dot_chain<kRows>(h, k, from, begin, end, q, sum, ahead);
+            },
+            [scale](Vec x) { return x * scale; });
+      }
+    score_chains<kRows>(
+        h, r, from, p_.headdim,
+        [&](int64_t begin, int64_t end, Vec(&sum)[kGroups][kRows]) {
+          fma_chain<kRows>(h, key, k, from, begin, end, q, sum, ahead);
+        },
+        [](Vec x) { return x; });
+  }
+
+  // Scores of a granule in chains of kScoreChain steps; chain(begin, end, sum) adds its part.
+  template <int kRows, class Chain, class Scale>
+  inline __attribute__((always_inline)) void score_chains(int64_t h, int64_t r, int from, int64_t steps, Chain&& chain,
+                                                          Scale&& scaled) {
+    Real* s = s_ + (h * rows_ + r) * kBlockK + from;
+    for (int64_t begin = 0; begin < steps; begin += kScoreChain) {
+      const bool last = begin + kScoreChain >= steps;
       Vec sum[kGroups][kRows];
 #pragma GCC unroll 2
       for (int g = 0; g < kGroups; ++g)
 #pragma GCC unroll 4
         for (int i = 0; i < kRows; ++i) sum[g][i] = Vec::zero();
-      score_chain<kRows>(h, key, k, from, d, at_most(p_.headdim, d + kScoreChain), q, sum, ahead);
+      chain(begin, last ? steps : begin + kScoreChain, sum);
 #pragma GCC unroll 2
       for (int g = 0; g < kGroups; ++g)
 #pragma GCC unroll 4
         for (int i = 0; i < kRows; ++i) {
           Real* at = s + i * kBlockK + g * kLanes;
-          (d == 0 ? sum[g][i] : Vec::load(at) + sum[g][i]).store(at);
+          const Vec total = begin == 0 ? sum[g][i] : Vec::load(at) + sum[g][i];
+          (last ? scaled(total) : total).store(at);
         }
     }
   }
 
   // sum[group][row][key] += the part of the scores from dimensions [d, end).
   template <int kRows>
-  inline __attribute__((always_inline)) void score_chain(int64_t h, int64_t key, const Granules& k, int from, int64_t d,
-                                                         int64_t end, const Real* q, Vec (&sum)[kGroups][kRows],
-                                                         Prefetch* ahead) {
+  inline __attribute__((always_inline)) void fma_chain(int64_t h, int64_t key, const Granules& k, int from, int64_t d,
+                                                       int64_t end, const Real* q, Vec (&sum)[kGroups][kRows],
+                                                       Prefetch* ahead) {
     const int64_t head = h * p_.kv.k.stride_head;
     for (; d + kSquareDims <= end; d += kSquareDims)
 #pragma GCC unroll 2
@@ -249,8 +283,7 @@ class DecodeRows {
           }
         }
         if (ahead) ahead->lines(kLinesPerSquare);
-        // Without this the compiler keeps the broadcasts of q for the next group, on the stack.
-        asm volatile("" ::: "memory");
+        keep_nothing();
       }
     for (; d < end; d += kLanes)
       for (int g = 0; g < kGroups; ++g) {
@@ -263,6 +296,40 @@ class DecodeRows {
         for (int i = 0; i < dims; ++i) add_products(square[i], q + (d + i) * kRows, sum[g]);
       }
   }
+
+  // The same by dot products, for words [w, end) of two dimensions.
+  template <int kRows>
+  inline __attribute__((always_inline)) void dot_chain(int64_t h, const Granules& k, int from, int64_t w, int64_t end,
+                                                       const Real* q, Vec (&sum)[kGroups][kRows], Prefetch* ahead) {
+    const int64_t head = h * p_.kv.k.stride_head;
+    for (; w < end; w += kLanes)
+#pragma GCC unroll 2
+      for (int g = 0; g < kGroups; ++g) {
+        const T* const* rows = k.row + from + g * kLanes;
+        Vec square[kLanes];
+        if (2 * (w + kLanes) <= p_.headdim) {
+#pragma GCC unroll 16
+          for (int i = 0; i < kLanes; ++i)
+            square[i] = Vec::load(reinterpret_cast<const float*>(rows[i] + head + 2 * w));
+        } else {
+          for (int i = 0; i < kLanes; ++i)
+            square[i] = load_words<Vec>(reinterpret_cast<const bf16_t*>(rows[i] + head + 2 * w), p_.headdim - 2 * w);
+        }
+        Vec::transpose(square);
+#pragma GCC unroll 16
+        for (int i = 0; i < kLanes; ++i) {
+          const auto word = (typename Dot::Factor)square[i].r;
+#pragma GCC unroll 4
+          for (int r = 0; r < kRows; ++r)
+            sum[g][r] = Dot::multiply_add(word, Dot::col(q + (w + i) * kRows + r, 0), sum[g][r]);
+        }
+        if (ahead) ahead->lines(kLinesPerSquare);
+        keep_nothing();
+      }
+  }
+
+  // Without this the compiler keeps the broadcasts of q for the next group, on the stack.
+  static inline __attribute__((always_inline)) void keep_nothing() { asm volatile("" ::: "memory"); }
 
   template <int kRows>
   static inline __attribute__((always_inline)) void add_products(Vec k, const Real* q, Vec (&sum)[kRows]) {
@@ -393,7 +460,8 @@ class DecodeRows {
   const WorkItem item_;
   const int64_t heads_, rows_, ldq_;
   const bool modified_;
-  Real* const q_;          // (heads, passes, ldq, rows of the pass), times softmax_scale * log2(e)
+  const bool dots_;
+  Real* const q_;          // (heads, passes, ldq, rows of the pass), times softmax_scale * log2(e); or words
   Real* const s_;          // (heads, rows, kBlockK)
   Real* const modifiers_;  // ScoreModifiers' own
 };

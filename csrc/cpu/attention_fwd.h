@@ -39,7 +39,17 @@ inline void pack_block(const KVHead& x, int64_t first_key, int keys, Real* tile,
   for (int64_t i = keys * ld; i < kBlockK * ld; i += Vec::kLanes) Vec::zero().store(tile + i);
 }
 
+// The same in words of two, as bf16 dot products take them.
 template <class Vec>
+inline void pack_words(const KVHead& x, int64_t first_key, int keys, float* tile, int64_t ld) {
+  const KeyRows<const bf16_t> rows(x.view, x.kv, x.span, x.head);
+  for (int key = 0; key < keys; ++key)
+    for (int64_t d = 0; d < x.dim; d += 2 * Vec::kLanes)
+      load_words<Vec>(rows[first_key + key] + d, x.dim - d).store(tile + key * ld + d / 2);
+  for (int64_t i = keys * ld; i < kBlockK * ld; i += Vec::kLanes) Vec::zero().store(tile + i);
+}
+
+template <class Vec, class Dot>
 class ForwardTile {
  public:
   using Real = typename Vec::Real;
@@ -60,13 +70,16 @@ class ForwardTile {
         sequence_(sequence),
         block_(item.block(0)),
         visibility_(p, sequence),
+        dots_(scores_by_dot<Vec, Dot>(p)),
         layout_(p, item.rows),
         memory_(memory),
         modifiers_(p, sequence, block_, memory + layout_.modifiers),
         dropout_(p, sequence, block_, memory + layout_.dropout),
         k_head_{p.kv.k, p.kv.k_scale, p.kv, sequence.keys, item.head_k, p.headdim},
         v_head_{p.kv.v, p.kv.v_scale, p.kv, sequence.keys, item.head_k, p.headdim_v} {
-    visit_storage<Real>(p.dtype, [&](auto tag) { pack_queries<typename decltype(tag)::type>(); });
+    if constexpr (kHasDot)
+      if (dots_) pack_query_words();
+    if (!dots_) visit_storage<Real>(p.dtype, [&](auto tag) { pack_queries<typename decltype(tag)::type>(); });
   }
 
   // Attend keys [begin, end), of which begin starts a block: the state is overwritten, row-major.
@@ -87,6 +100,8 @@ class ForwardTile {
   }
 
  private:
+  static constexpr bool kHasDot = sizeof(Real) == 4 && Dot::kPhases == 1;
+
   // Where each array starts in the item's memory; every row is a whole number of vectors.
   struct Layout {
     int64_t ldr, ldk, ldv;  // rows, headdim and headdim_v rounded up
@@ -110,7 +125,7 @@ class ForwardTile {
     }
   };
 
-  Real* q() const { return memory_ + layout_.q; }           // (headdim, ldr), times softmax_scale * log2(e)
+  Real* q() const { return memory_ + layout_.q; }           // (headdim, ldr), times softmax_scale * log2(e); or words
   Real* o() const { return memory_ + layout_.o; }           // (ldv, ldr)
   Real* max_() const { return memory_ + layout_.max; }      // (ldr,)
   Real* sum_() const { return memory_ + layout_.sum; }      // (ldr,)
@@ -142,6 +157,23 @@ class ForwardTile {
     }
   }
 
+  // The same in words of two dimensions, as they are: (ceil(headdim / 2), ldr).
+  void pack_query_words() {
+    for (int64_t r = 0; r < layout_.ldr; r += Vec::kLanes)
+      for (int64_t d = 0; d < p_.headdim; d += 2 * Vec::kLanes) {
+        Vec square[Vec::kLanes];
+        for (int i = 0; i < Vec::kLanes; ++i) {
+          const int64_t row = at_most(last_row(), block_.first_row + r + i);
+          const auto* source =
+              sequence_.query<const bf16_t>(p_.q, visibility_.query(row), visibility_.head(block_, row));
+          square[i] = load_words<Vec>(source + d, p_.headdim - d);
+        }
+        Vec::transpose(square);
+        const int64_t words = at_most(Vec::kLanes, ceil_div(p_.headdim - d, 2));
+        for (int64_t i = 0; i < words; ++i) square[i].store(q() + (d / 2 + i) * layout_.ldr + r);
+      }
+  }
+
   void reset() {
     for (int64_t r = 0; r < layout_.ldr; r += Vec::kLanes) {
       Vec::set1(-kInfinity).store(max_() + r);
@@ -160,7 +192,9 @@ class ForwardTile {
     const Cover cover = modifiers_.cover(row, vecs * Vec::kLanes, key, keys);
     if (cover == Cover::none) return;
     if (!*packed) {
-      pack_block<Vec>(k_head_, key, keys, k(), layout_.ldk);
+      if constexpr (kHasDot)
+        if (dots_) pack_words<Vec>(k_head_, key, keys, k(), layout_.ldk);
+      if (!dots_) pack_block<Vec>(k_head_, key, keys, k(), layout_.ldk);
       pack_block<Vec>(v_head_, key, keys, v(), layout_.ldv);
       *packed = true;
     }
@@ -204,7 +238,11 @@ class ForwardTile {
     Vec top[kVecs];
     for (int i = 0; i < kVecs; ++i) top[i] = Vec::load(max_() + row + i * kLanes);
     Real* scores = s();
-    score_tile<kVecs, kKind>(row, top);
+    if constexpr (kHasDot) {
+      const Vec scale = Vec::set1(static_cast<Real>(p_.softmax_scale * kLog2e));
+      if (dots_) score_tile<kVecs, kKind, Dot>(row, ceil_div(p_.headdim, 2), [&](Vec x) { return x * scale; }, top);
+    }
+    if (!dots_) score_tile<kVecs, kKind, FmaProduct<Vec>>(row, p_.headdim, [](Vec x) { return x; }, top);
     if constexpr (kKind == Kind::modified) {
       modifiers_.apply_tile(scores, kStrip, row, kVecs, key, keys, cover);
       hide_and_find_top<kVecs>(row, top);
@@ -231,9 +269,9 @@ class ForwardTile {
     value_tile<kVecs>(row, scale);
   }
 
-  // s = K Q^T; without modifiers the visible range is cut and the maximum taken on the way.
-  template <int kVecs, Kind kKind>
-  inline __attribute__((always_inline)) void score_tile(int64_t row, Vec (&top)[kVecs]) {
+  // s = K Q^T in `steps` steps; without modifiers the visible range is cut and the maximum taken on the way.
+  template <int kVecs, Kind kKind, class Product, class Scale>
+  inline __attribute__((always_inline)) void score_tile(int64_t row, int64_t steps, Scale&& scaled, Vec (&top)[kVecs]) {
     constexpr int kLanes = Vec::kLanes, kCols = Vec::kTileCols;
     static_assert(kBlockK % kCols == 0, "a block is a whole number of tiles");
     Vec begins[kVecs], ends[kVecs];
@@ -242,30 +280,30 @@ class ForwardTile {
         begins[i] = Vec::load(begin_() + row + i * kLanes);
         ends[i] = Vec::load(end_() + row + i * kLanes);
       }
-    // One chain of FMAs over dimensions [d, d + depth); kFirst and kLast say whether it begins and ends the score.
+    // One chain over steps [d, d + depth); kFirst and kLast say whether it begins and ends the score.
     const auto chain = [&](auto first, auto last, int key, int64_t d, int64_t depth) {
       constexpr bool kFirst = decltype(first)::value, kLast = decltype(last)::value;
-      tile_gemm<Vec, kVecs, kCols>(
+      tile_gemm<Vec, kVecs, kCols, Product>(
           q() + d * layout_.ldr + row, layout_.ldr, k() + key * layout_.ldk + d, layout_.ldk, 1, depth,
           [](int, int) { return Vec::zero(); },
           [&](int col, int vec, Vec score) {
             Real* at = s() + (key + col) * kStrip + vec * kLanes;
             if constexpr (!kFirst) score = Vec::load(at) + score;
+            if constexpr (kLast) score = scaled(score);
             if constexpr (kLast && kKind == Kind::edge) score = visible(score, key + col, begins[vec], ends[vec]);
             if constexpr (kLast && kKind != Kind::modified) top[vec] = max(top[vec], score);
             score.store(at);
           });
     };
-    const int64_t headdim = p_.headdim;
     for (int key = 0; key < kBlockK; key += kCols) {
-      if (headdim <= kScoreChain) {
-        chain(Bool<true>{}, Bool<true>{}, key, 0, headdim);
+      if (steps <= kScoreChain) {
+        chain(Bool<true>{}, Bool<true>{}, key, 0, steps);
         continue;
       }
       chain(Bool<true>{}, Bool<false>{}, key, 0, kScoreChain);
       int64_t d = kScoreChain;
-      for (; d + kScoreChain < headdim; d += kScoreChain) chain(Bool<false>{}, Bool<false>{}, key, d, kScoreChain);
-      chain(Bool<false>{}, Bool<true>{}, key, d, headdim - d);
+      for (; d + kScoreChain < steps; d += kScoreChain) chain(Bool<false>{}, Bool<false>{}, key, d, kScoreChain);
+      chain(Bool<false>{}, Bool<true>{}, key, d, steps - d);
     }
   }
 
@@ -319,6 +357,7 @@ class ForwardTile {
   const Sequence& sequence_;
   const RowBlock block_;
   const Visibility visibility_;
+  const bool dots_;
   const Layout layout_;
   Real* const memory_;
   const ScoreModifiers<Vec> modifiers_;
