@@ -1,8 +1,8 @@
 """How every figure of ``bench.py attention`` is taken: one function per kind, one row per figure.
 
 In each row ours, torch SDPA and the limit that bounds them take turns in one loop. The share of the read bandwidth is
-that of the bandwidth in that loop: it drifts by the minute on a machine with neighbours. The FMA peak does not; there
-the loop shows whether someone else had the cores, and such rows are measured again. Both sides get their own layout,
+that of the bandwidth in that loop: it drifts by the minute on a machine with neighbours. The FMA peak does not; where
+FMAs in the loop fall short of it someone else had the cores, and the row is measured again. Both sides get their own layout,
 contiguous: (batch, seqlen, heads, dim) and torch's (batch, heads, seqlen, dim).
 """
 
@@ -13,6 +13,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache, partial
@@ -76,7 +77,14 @@ def read_limit_once() -> Limit:
 
 def disturbed(row: Row) -> bool:
     """Whether somebody else had the cores while this row was measured."""
-    return row.get("unit") == "GFLOP/s" and row["limit_in_loop"] < 0.9 * row["limit"]
+    return row.get("free_cores", 1.0) < 0.9
+
+
+def wait_for_quiet(seconds: float = 60.0) -> None:
+    """Until nobody else has the cores, or for so long."""
+    limit, end = fma_limit(), time.perf_counter() + seconds
+    while rate_of(limit, 0.2, "median") < 0.95 * fma_peak() and time.perf_counter() < end:
+        time.sleep(1.0)
 
 
 def judge(row: Row, need: dict[str, float]) -> Row:
@@ -90,13 +98,14 @@ def race(
     kind: str, shape: Shape, dtype: str, calls: Calls, work: float, limit: Limit, options: Options
 ) -> Row:
     """Ours, SDPA (if it is among the calls) and the limit, taking turns."""
-    times = options.alternate({"limit": limit.call, **calls})
-    in_loop = limit.work / times.pop("limit")["min"]
+    fma = fma_limit()
+    times = options.alternate({"limit": limit.call, "fma": fma.call, **calls})
+    in_loop, cores = limit.work / times.pop("limit")["min"], fma.work / times.pop("fma")["median"]
     bound = in_loop if limit.unit == "GB/s" else max(in_loop, fma_peak())
     row = {
         "kind": kind, **shape.record(), "dtype": dtype, "threads": torch.get_num_threads(), "unit": limit.unit,
         "seconds": times, "rate": {peer: work / t["min"] for peer, t in times.items()},
-        "limit": bound, "limit_in_loop": in_loop,
+        "limit": bound, "free_cores": cores / fma_peak(),
     }  # fmt: skip
     row["share_of_limit"] = row["rate"]["fastattn"] / bound
     row["share_median"] = work / times["fastattn"]["median"] / bound

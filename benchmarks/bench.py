@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from attention_rows import Job, Options, Row, SkipRow, disturbed, jobs
+from attention_rows import Job, Options, Row, SkipRow, disturbed, jobs, wait_for_quiet
 from generate_rows import bench_generate
 from measure import RESULTS, environment, save
 from rich.console import Console
@@ -60,6 +60,8 @@ def bench_attention(options: Options, only: list[str]) -> dict[str, Any]:
         for job, attempt in todo:  # grows while it is walked
             name = f"{job.kind} {job.label}"
             progress.update(task, description=name)
+            if attempt > 1:
+                wait_for_quiet()
             try:
                 done[name] = job.run()
             except (SkipRow, NotImplementedError) as reason:

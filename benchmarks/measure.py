@@ -67,9 +67,9 @@ def read_limit(megabytes: int = 512) -> Limit:
     return Limit("GB/s", data.numel() * 4.0, lambda: _C.read_loop(data.data_ptr(), data.numel(), threads))
 
 
-def rate_of(limit: Limit, seconds: float = 0.5) -> float:
-    """The limit by itself, FLOP/s or bytes/s."""
-    return limit.work / alternate({"limit": limit.call}, seconds)["limit"]["min"]
+def rate_of(limit: Limit, seconds: float = 0.5, which: str = "min") -> float:
+    """The limit by itself, FLOP/s or bytes/s; its usual rate with "median"."""
+    return limit.work / alternate({"limit": limit.call}, seconds)["limit"][which]
 
 
 def environment() -> dict[str, Any]:

@@ -89,7 +89,7 @@ def test_a_row_is_measured(extra):
     assert row["rate"]["fastattn"] == shape.flops / row["seconds"]["fastattn"]["min"]
     assert row["share_of_limit"] == row["rate"]["fastattn"] / row["limit"]
     assert row["speedup"] == row["seconds"]["sdpa"]["min"] / row["seconds"]["fastattn"]["min"]
-    assert disturbed({**row, "limit_in_loop": 0.5 * row["limit"]})
+    assert disturbed({**row, "free_cores": 0.5})
 
 
 def made_row(kind: str, shape: Shape, dtype: str, share: float, unit: str) -> report.Row:
