@@ -2,8 +2,8 @@
 
 In each row ours, torch SDPA and the limit that bounds them take turns in one loop. The share of the read bandwidth is
 that of the bandwidth in that loop: it drifts by the minute on a machine with neighbours. The FMA peak does not; where
-FMAs in the loop fall short of it someone else had the cores, and the row is measured again. Both sides get their own layout,
-contiguous: (batch, seqlen, heads, dim) and torch's (batch, heads, seqlen, dim).
+FMAs in the loop fall short of it someone else had the cores, and the row is measured again. Both sides get their own
+layout, contiguous: (batch, seqlen, heads, dim) and torch's (batch, heads, seqlen, dim).
 """
 
 from __future__ import annotations

@@ -49,9 +49,8 @@ def draw(rows: list[Row], path: Path, digest: str) -> None:
                 panel(axis, names[kind], chosen)
                 axis.set_title(f"{title}: {TITLES[kind]}", fontsize=9, loc="left")
             axes[1].set_yticklabels([])
-        grid[0][0].legend(
-            *grid[0][0].get_legend_handles_labels(), loc="lower left", frameon=False, fontsize=8, ncols=1
-        )
+        handles, texts = grid[0][0].get_legend_handles_labels()
+        figure.legend(handles, texts, loc="outside lower center", frameon=False, ncols=len(texts))
         figure.savefig(path, transparent=True, metadata={"Date": None, "Description": digest})
         plt.close(figure)
 

@@ -108,13 +108,13 @@ def attention_table(record: Row) -> list[str]:
     kinds: dict[str, list[Row]] = {}
     for row in record["rows"]:
         kinds.setdefault(row["kind"], []).append(row)
-    low, high = (limit / 1e9 for limit in record["read_bandwidth"])
+    bandwidth = " to ".join(dict.fromkeys(f"{limit / 1e9:.0f}" for limit in record["read_bandwidth"]))
     lines = [
         "![Share of the machine's limit by shape, fastattn and torch SDPA](benchmarks/results/attention.svg)",
         "",
         "Each figure: rate, share of the limit, speed-up over torch SDPA in the same loop; *italics* miss what we "
         f"require. Limits: {record['fma_peak'] / 1e9:.0f} GFLOP/s fp32 FMA peak (for the 16-bit types too), "
-        f"{low:.0f} to {high:.0f} GB/s read bandwidth, measured in turn with every row.",
+        f"{bandwidth} GB/s read bandwidth, measured in turn with every row.",
         "",
     ]
     for kind, layout in GRIDS.items():
