@@ -26,17 +26,23 @@ RESULTS = ROOT / "benchmarks" / "results"
 Times = dict[str, dict[str, float]]  # {"min", "median"} seconds by name
 
 
-def alternate(calls: dict[str, Callable[[], Any]], seconds: float = 1.0, rounds: int = 5) -> Times:
+Calls = dict[str, Callable[[], Any]]
+
+
+def alternate(calls: Calls, seconds: float = 1.0, rounds: int = 5, before: Calls | None = None) -> Times:
     """Seconds per call as ``{"min", "median"}`` by name: the calls take turns, so that drift hits all alike.
 
-    At least ``rounds`` rounds, and as many as fit in ``seconds``.
+    At least ``rounds`` rounds, and as many as fit in ``seconds``; ``before`` each call its own preparation, untimed.
     """
+    before = before or {}
     for call in calls.values():
         call()
     times: dict[str, list[float]] = {name: [] for name in calls}
     end = time.perf_counter() + seconds
     while time.perf_counter() < end or len(times[next(iter(calls))]) < rounds:
         for name, call in calls.items():
+            if name in before:
+                before[name]()
             start = time.perf_counter()
             call()
             times[name].append(time.perf_counter() - start)
