@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from attention_rows import Job, Options, Row, SkipRow, disturbed, jobs, wait_for_quiet
+from attention_rows import Job, Options, Row, SkipRow, disturbed, jobs, settle, wait_for_quiet
 from generate_rows import bench_generate
 from measure import RESULTS, environment, save
 from rich.console import Console
@@ -52,6 +52,7 @@ def chosen(options: Options, only: list[str]) -> list[Job]:
 def bench_attention(options: Options, only: list[str]) -> dict[str, Any]:
     """Every row, and the rows that could not be measured, with the reason."""
     start, skipped = environment(), []
+    wait_for_quiet()
     done: dict[str, list[Row]] = {}
     todo = [(job, 1) for job in chosen(options, only)]
     order = [f"{job.kind} {job.label}" for job, _ in todo]
@@ -75,7 +76,7 @@ def bench_attention(options: Options, only: list[str]) -> dict[str, Any]:
                 text = f"{name}: {line(row)}{'  (cores were taken: again later)' if again else ''}"
                 progress.console.print(text, highlight=False, soft_wrap=True)
             progress.update(task, advance=1, total=len(todo))
-    rows = [row for name in order for row in done[name]]
+    rows = [settle(row) for name in order for row in done[name]]
     return {
         "environment": {**start, "load_average_after": os.getloadavg()[0]},
         **limits(rows),

@@ -121,6 +121,11 @@ def attention_table(record: Row) -> list[str]:
         if kind in kinds:
             lines += grid(kinds[kind], *layout)
     lines += odds_and_ends(kinds)
+    if taken := sum(row.get("free_cores", 1.0) < 0.9 for row in record["rows"]):
+        lines += [
+            f"While {taken} of {len(record['rows'])} rows were measured, somebody else had the cores.",
+            "",
+        ]
     for skipped in record["skipped"]:
         lines.append(f"Not measured: {skipped['kind']}, {skipped['row']}: {skipped['reason']}.")
     return [*lines, *([""] if record["skipped"] else []), footnote(record["environment"])]
