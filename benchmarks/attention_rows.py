@@ -157,10 +157,12 @@ def forward_row(kind: str, shape: Shape, dtype: str, options: Options, alone: bo
     qt, kt, vt = torch_layout(q, k, v)
     ours: dict[str, Any] = {"causal": shape.causal, "backend": options.backend}
     theirs: dict[str, Any] = {"is_causal": shape.causal, "enable_gqa": shape.nheads != shape.nheads_k}
+    work = shape.flops
     if shape.extra == "padding mask":  # BERT: the keys of each sequence end somewhere
         ends = torch.linspace(shape.seqlen_k / 2, shape.seqlen_k, shape.batch).long()
         mask = (torch.arange(shape.seqlen_k) < ends[:, None])[:, None, None]  # (batch, 1, 1, seqlen_k)
         ours["attn_mask"] = theirs["attn_mask"] = mask
+        work *= mask.float().mean().item()
     elif shape.extra == "position bias":  # T5: learned, the same for the whole batch, and no scale
         bias = torch.randn(1, shape.nheads, shape.seqlen_q, shape.seqlen_k).to(DTYPES[dtype])
         ours |= {"attn_bias": bias, "softmax_scale": 1.0}
@@ -169,7 +171,7 @@ def forward_row(kind: str, shape: Shape, dtype: str, options: Options, alone: bo
     if not alone:
         calls["sdpa"] = lambda: F.scaled_dot_product_attention(qt, kt, vt, **theirs)
     with torch.no_grad():
-        return race(kind, shape, dtype, calls, shape.flops, fma_limit(), options)
+        return race(kind, shape, dtype, calls, work, fma_limit(), options)
 
 
 def training_row(shape: Shape, dtype: str, options: Options) -> Row:

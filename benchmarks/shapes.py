@@ -26,7 +26,7 @@ class Shape:
 
     @property
     def pairs(self) -> int:
-        """Visible (query, key) pairs of one head: masks are aligned bottom-right, padding counts as keys."""
+        """Visible (query, key) pairs of one head: masks are aligned bottom-right, a padding mask is not counted."""
         left, right = self.window
         right = 0 if self.causal else right
         total = 0

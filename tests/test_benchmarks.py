@@ -86,7 +86,8 @@ def test_the_issue_s_kinds_are_all_measured():
 def test_a_row_is_measured(extra):
     shape = replace(shapes.SMALLEST, batch=2, seqlen_q=8, seqlen_k=8, extra=extra)
     row = forward_row("short", shape, "float32", Options(backend="reference", quick=True))
-    assert row["rate"]["fastattn"] == shape.flops / row["seconds"]["fastattn"]["min"]
+    useful = 0.75 if extra == "padding mask" else 1.0  # its sequences have 4 and 8 keys
+    assert row["rate"]["fastattn"] == useful * shape.flops / row["seconds"]["fastattn"]["min"]
     assert row["share_of_limit"] == row["rate"]["fastattn"] / row["limit"]
     assert row["speedup"] == row["seconds"]["sdpa"]["min"] / row["seconds"]["fastattn"]["min"]
     assert disturbed({**row, "free_cores": 0.5})
