@@ -22,6 +22,9 @@ import fastattn
 
 BYTES_PER_THREAD = 8 << 20  # tiles, partial results, stacks: O(threads x tile), whatever the seqlen
 
+# glibc hands freed memory back, or what was freed before the call would hide what the call takes.
+RETURN_AT_ONCE = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+
 
 def memory_row(shape: Shape, dtype: str, work: str, backend: str) -> dict[str, Any]:
     """Bytes above inputs and outputs of one call, ours and SDPA's; ``work`` is "forward" or "training"."""
@@ -40,7 +43,7 @@ def memory_row(shape: Shape, dtype: str, work: str, backend: str) -> dict[str, A
 
 
 def _in_a_process(spec: dict[str, Any]) -> int:
-    environ = {**os.environ, "PYTHONPATH": str(ROOT)}
+    environ = {**os.environ, "PYTHONPATH": str(ROOT), **RETURN_AT_ONCE}
     run = subprocess.run(
         [sys.executable, __file__, json.dumps(spec)], env=environ, capture_output=True, text=True
     )
@@ -71,7 +74,7 @@ def main() -> None:
         size = (shape.batch, seqlen, shape.nheads, shape.headdim)
         if spec["who"] == "sdpa":
             size = (shape.batch, shape.nheads, seqlen, shape.headdim)
-        return [torch.randn(size).to(dtype) for _ in range(4)]
+        return [torch.randn(size, dtype=dtype) for _ in range(4)]
 
     def step(inputs: list[Tensor]) -> list[Tensor]:
         q, k, v, dout = inputs
