@@ -26,6 +26,7 @@ lint: $(VENV)/.lint
 	$(BIN)/clang-format --dry-run --Werror $(CPP)
 
 bench: build $(VENV)/.test
+	$(PIP) --no-build-isolation --editable '.[model,test,bench]'
 	$(BIN)/python benchmarks/bench.py attention --save
 	$(BIN)/python benchmarks/bench.py generate --save
 	$(BIN)/python benchmarks/report.py

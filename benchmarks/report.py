@@ -1,47 +1,137 @@
-"""Tables from ``benchmarks/results/*.json`` into README.md, between their markers: ``python benchmarks/report.py``.
+"""README's tables and plot from ``benchmarks/results/*.json``: ``python benchmarks/report.py``.
 
-``--check`` changes nothing and fails if README is not what the results say.
+``--check`` changes nothing and fails if README or the plot is not what the results say.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import sys
+from collections.abc import Callable
 from typing import Any
 
 from measure import RESULTS, ROOT
 
+PLOT = RESULTS / "attention.svg"
+DTYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
+Row = dict[str, Any]
 
-def attention_table(record: dict[str, Any]) -> list[str]:
-    """Ours beside torch SDPA, and how much of the machine's limit ours reaches."""
-    peak, bandwidth = record["fma_peak"] / 1e9, record["read_bandwidth"] / 1e9
+
+def percent(share: float) -> str:
+    """A share, in whole percent."""
+    return f"{share:.0%}".replace("%", " %")
+
+
+def marked(text: str, row: Row) -> str:
+    """Italics where the row misses what is required of it."""
+    return text if row["met"] else f"*{text}*"
+
+
+def limit_cell(row: Row) -> str:
+    """Rate, share of the limit, speed-up over SDPA."""
+    rate = f"{row['rate']['fastattn'] / 1e9:.0f}, {percent(row['share_of_limit'])}"
+    return marked(rate + (f", {row['speedup']:.1f}x" if "speedup" in row else ""), row)
+
+
+def speedup_cell(row: Row) -> str:
+    """Milliseconds, speed-up over SDPA."""
+    return marked(f"{row['seconds']['fastattn']['min'] * 1e3:.2f} ms, {row['speedup']:.1f}x", row)
+
+
+def grid(rows: list[Row], title: str, cell: Callable[[Row], str], least: Callable[[Row], str]) -> list[str]:
+    """One line per shape, one column per dtype, and what is required."""
+    dtypes = [dtype for dtype in DTYPES if any(row["dtype"] == dtype for row in rows)]
     lines = [
-        f"Limits measured in the same run: {peak:.0f} GFLOP/s fp32 FMA peak, {bandwidth:.0f} GB/s read bandwidth.",
-        "",
-        "| shape (heads/KV heads, headdim) | dtype | fastattn | torch SDPA | share of limit | speed-up (min, median) |",
-        "|---|---|---|---|---|---|",
+        f"| {title} | {' | '.join(DTYPES[dtype] for dtype in dtypes)} | required |",
+        "|---" * (len(dtypes) + 2) + "|",
     ]
-    for row in record["rows"]:
-        if row["dtype"] == "float16":  # in the JSON; close to bfloat16
-            continue
-        forward = row["kind"] == "forward"
-        unit = "GFLOP/s" if forward else "GB/s"
-        work = (
-            f"{row['seqlen_q']} tokens{', causal' if row['causal'] else ''}"
-            if forward
-            else f"1 query, {row['seqlen_k']} keys"
-        )
-        shape = f"{row['model']}: {work} ({row['nheads']}/{row['nheads_k']}, {row['headdim']})"
-        ours, theirs = row["rate"]["fastattn"] / 1e9, row["rate"]["sdpa"] / 1e9
+    by_shape: dict[str, dict[str, Row]] = {}
+    for row in rows:
+        by_shape.setdefault(f"{row['model']} ({row['heads']}): {row['work']}", {})[row["dtype"]] = row
+    for shape, by_dtype in by_shape.items():
+        cells = [cell(by_dtype[dtype]) if dtype in by_dtype else "" for dtype in dtypes]
+        wanted = list(dict.fromkeys(least(row) for row in by_dtype.values()))
+        lines.append(f"| {shape} | {' | '.join(cells)} | {' / '.join(wanted)} |")
+    return [*lines, ""]
+
+
+def least_share(row: Row) -> str:
+    """The required share, or that it must not be slower than SDPA."""
+    share = row["required"].get("share")
+    return percent(share) if share else "1x"
+
+
+def least_speedup(row: Row) -> str:
+    """The required speed-up."""
+    return f"{row['required']['speedup']:.1f}x"
+
+
+GRIDS = {
+    "forward": ("forward, GFLOP/s", limit_cell, least_share),
+    "training": ("forward + backward, GFLOP/s", limit_cell, least_share),
+    "decode": ("decode, one query: GB/s of K and V", limit_cell, least_share),
+    "short": ("short, 32 sequences", speedup_cell, least_speedup),
+    "avx2": ("forward, AVX2 forced, GFLOP/s", limit_cell, least_share),
+}
+
+
+def odds_and_ends(kinds: dict[str, list[Row]]) -> list[str]:
+    """Call overhead, memory and the price of features, a sentence each."""
+    lines = []
+    for row in kinds.get("overhead", []):
+        us = {who: f"{t['min'] * 1e6:.1f}" for who, t in row["seconds"].items()}
         lines.append(
-            f"| {shape} | {row['dtype']} | {ours:.0f} {unit} | {theirs:.0f} | {row['share_of_limit']:.0%} | "
-            f"{row['speedup']:.1f}x, {row['speedup_median']:.1f}x |"
+            f"* One call on 1x1x1x64 takes {marked(us['fastattn'] + ' us', row)}, SDPA {us['sdpa']} us."
         )
-    return [*lines, "", footnote(record["environment"])]
+    for work, name in (("forward", "Forward"), ("training", "Forward + backward")):
+        rows = [row for row in kinds.get("memory", []) if row["pass"] == work]
+        above = [
+            f"{marked(format(row['bytes_above']['fastattn'] / 2**20, '.1f'), row)} "
+            f"({row['seqlen_q']}, {DTYPES[row['dtype']]}; SDPA {row['bytes_above']['sdpa'] / 2**20:.1f})"
+            for row in rows
+        ]
+        if rows:
+            lines.append(
+                f"* {name}, peak MiB above inputs and outputs by seqlen, 4 heads of 64: {', '.join(above)}."
+            )
+    if features := kinds.get("feature"):
+        prices = [f"{row['feature']} {row['relative']['min']:.2f}" for row in features]
+        shape = f"{features[0]['model']}, {features[0]['work']}, {DTYPES[features[0]['dtype']]}"
+        lines.append(f"* Time relative to plain attention ({shape}): {', '.join(prices)}.")
+    return [*lines, ""] if lines else []
 
 
-def generate_table(record: dict[str, Any]) -> list[str]:
+def attention_table(record: Row) -> list[str]:
+    """One table per kind of work, and the plot."""
+    kinds: dict[str, list[Row]] = {}
+    for row in record["rows"]:
+        kinds.setdefault(row["kind"], []).append(row)
+    bandwidth = " to ".join(dict.fromkeys(f"{limit / 1e9:.0f}" for limit in record["read_bandwidth"]))
+    lines = [
+        "![Share of the machine's limit by shape, fastattn and torch SDPA](benchmarks/results/attention.svg)",
+        "",
+        "Each figure: rate, share of the limit, speed-up over torch SDPA in the same loop; *italics* miss what we "
+        f"require. Limits: {record['fma_peak'] / 1e9:.0f} GFLOP/s fp32 FMA peak (for the 16-bit types too), "
+        f"{bandwidth} GB/s read bandwidth, measured in turn with every row.",
+        "",
+    ]
+    for kind, layout in GRIDS.items():
+        if kind in kinds:
+            lines += grid(kinds[kind], *layout)
+    lines += odds_and_ends(kinds)
+    if taken := sum(row.get("free_cores", 1.0) < 0.9 for row in record["rows"]):
+        lines += [
+            f"While {taken} of {len(record['rows'])} rows were measured, somebody else had the cores.",
+            "",
+        ]
+    for skipped in record["skipped"]:
+        lines.append(f"Not measured: {skipped['kind']}, {skipped['row']}: {skipped['reason']}.")
+    return [*lines, *([""] if record["skipped"] else []), footnote(record["environment"])]
+
+
+def generate_table(record: Row) -> list[str]:
     """Tokens per second of the whole loop beside transformers."""
     lines = [
         "| SmolLM2-135M, dequantised to | work | fastattn | transformers | speed-up (min, median) |",
@@ -58,13 +148,18 @@ def generate_table(record: dict[str, Any]) -> list[str]:
     return [*lines, "", first + " " + footnote(record["environment"])]
 
 
-def footnote(environment: dict[str, Any]) -> str:
+def footnote(environment: Row) -> str:
     """Where and when."""
     e = environment
     return (
-        f"<sub>{e['cpu']}, {e['threads']} threads, ISA {e['isa']}, torch {e['torch']}, commit {e['commit']}, "
-        f"{e['date']} UTC.</sub>"
+        f"<sub>{e['cpu']}, {e['threads']} threads, ISA {e['isa']}, load average {e['load_average']:.1f}, "
+        f"torch {e['torch']}, commit {e['commit']}, {e['date']} UTC.</sub>"
     )
+
+
+def digest() -> str:
+    """Of the data that the plot shows: stands in the plot, so that a stale one is found without drawing it."""
+    return "sha256 " + hashlib.sha256((RESULTS / "attention.json").read_bytes()).hexdigest()
 
 
 def render(text: str) -> str:
@@ -87,10 +182,15 @@ def main() -> None:
     text = readme.read_text()
     made = render(text)
     if "--check" in sys.argv:
-        raise SystemExit(
-            0 if made == text else "README.md differs from benchmarks/results: run benchmarks/report.py"
-        )
+        if made != text or digest() not in PLOT.read_text():
+            raise SystemExit(
+                "README.md or the plot differs from benchmarks/results: run benchmarks/report.py"
+            )
+        return
+    from plot import draw  # matplotlib: only who draws needs it
+
     readme.write_text(made)
+    draw(json.loads((RESULTS / "attention.json").read_text())["rows"], PLOT, digest())
 
 
 if __name__ == "__main__":
