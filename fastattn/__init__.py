@@ -1,7 +1,8 @@
 """fastattn: fused softmax-attention and top-k/top-p sampling kernels, and the decoder loop on top of them.
 
-``attention``, ``attention_with_kvcache`` and ``sample`` are the kernels' public face; ``load_model`` runs a real
-model through them. ``python -m fastattn.doctor`` says what this machine has and which kernels would serve.
+``attention``, ``attention_varlen``, ``attention_with_kvcache``, ``merge_states`` and ``sample`` are the kernels' public
+face, ``flash_attn`` speaks that package's dialect; ``load_model`` runs a real model through them.
+``python -m fastattn.doctor`` says what this machine has and which kernels would serve.
 """
 
 from __future__ import annotations
@@ -9,10 +10,13 @@ from __future__ import annotations
 # torch first: its OpenMP runtime must be the one that our extension binds to (two pools would fight for the cores).
 import torch as _torch  # noqa: F401
 
-from fastattn.attention import attention, attention_with_kvcache
+from fastattn.attention import attention
 from fastattn.backends import available_backends
 from fastattn.backends.cpu import cpu_isa, cpu_isas
+from fastattn.kvcache import attention_with_kvcache
+from fastattn.merge import merge_states
 from fastattn.sampling import sample
+from fastattn.varlen import attention_varlen
 
 __version__ = "0.1.0"
 
@@ -20,11 +24,13 @@ __all__ = [
     "LLM",
     "__version__",
     "attention",
+    "attention_varlen",
     "attention_with_kvcache",
     "available_backends",
     "cpu_isa",
     "cpu_isas",
     "load_model",
+    "merge_states",
     "sample",
 ]
 

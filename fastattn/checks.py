@@ -76,3 +76,32 @@ def check_broadcast(name: str, tensor: Tensor, target: tuple[int, ...]) -> None:
     fits = len(shape) <= len(target) and all(n in (1, m) for n, m in zip(shape[::-1], target[::-1]))
     if not fits:
         raise ValueError(f"{name}: expected a shape that broadcasts to {target}, got {tuple(tensor.shape)}")
+
+
+def check_pages(table: Tensor, lengths: Tensor, pages: Tensor, tracing: bool) -> Tensor:
+    """A block table (batch, max_blocks) int32 that holds ``lengths`` (batch,) tokens.
+
+    Args:
+        pages: (num_blocks, page_size, ...), what the table points into.
+        tracing: do not look at values.
+
+    Returns:
+        The table, with unit stride.
+    """
+    Shapes(batch=lengths.shape[0]).match("block_table", table, "batch max_blocks")
+    check_dtype("block_table", table, (torch.int32,))
+    num_blocks, page_size = pages.shape[:2]
+    if page_size == 0:
+        raise ValueError("block_table: expected pages of at least 1 token, got page_size=0")
+    if not tracing and lengths.shape[0]:
+        room, longest = table.shape[1] * page_size, int(lengths.max())
+        if room < longest:
+            raise ValueError(
+                f"block_table: expected room for {longest} tokens, got max_blocks={table.shape[1]} pages of {page_size}"
+            )
+        in_use = torch.arange(table.shape[1]) < -(-lengths // page_size)[:, None]  # (batch, max_blocks)
+        used = table[in_use]
+        if used.numel() and not (int(used.min()) >= 0 and int(used.max()) < num_blocks):
+            wrong = used[(used < 0) | (used >= num_blocks)][0]
+            raise ValueError(f"block_table: expected pages in [0, {num_blocks}), got {int(wrong)}")
+    return table if table.stride(-1) == 1 or table.shape[1] <= 1 else table.contiguous()

@@ -107,7 +107,9 @@ def attention_backward(
         names.append("attn_bias")
     if args.sinks is not None:
         names.append("sinks")
-    with torch.enable_grad():
+    # Inside an operator autograd is switched off twice: by grad mode, and below it by the dispatcher.
+    keys = torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.AutogradFunctionality, False)
+    with torch.enable_grad(), keys:
         leaves = {name: getattr(args, name).detach().requires_grad_() for name in names}
         new_out, new_lse = attention(replace(args, return_lse=True, **leaves))
         assert new_lse is not None

@@ -25,7 +25,7 @@ def dropout_keep(
         return torch.arange(n, device=seed.device).view(shape)
 
     head, i, block = arange(batch * nheads, 0), arange(seqlen_q, 1), arange((seqlen_k + 3) // 4, 2)
-    head, i, block = torch.broadcast_tensors(head, i, block)  # (batch * nheads, seqlen_q, seqlen_k / 4)
+    head, i, block = torch.broadcast_tensors(head, i, block)  # type: ignore[no-untyped-call]  # (batch * nheads, seqlen_q, seqlen_k / 4)
     words = torch.stack(_philox((block, i, head, torch.full_like(head, _DOMAIN)), key), dim=-1)
     words = words.flatten(-2)[..., :seqlen_k].reshape(batch, nheads, seqlen_q, seqlen_k)
     return words >= int(dropout_p * 2.0**32)

@@ -22,8 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastattn.attention import attention_with_kvcache
 from fastattn.fused import rms_norm, silu_mul
+from fastattn.kvcache import attention_with_kvcache
 from fastattn.linear import PackedLinear
 from fastattn.model.config import ModelConfig, RopeConfig
 from fastattn.model.kv_cache import KVCache

@@ -1,0 +1,107 @@
+"""What every attention call must be: shapes, dtypes and ranges of the arguments that the public functions share."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from fastattn.args import AttentionArgs
+from fastattn.checks import Shapes, check_broadcast, check_dtype, check_like, check_range
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+MAX_HEADDIM = 512
+
+
+def _fits(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether q, k, v need no further look: one quick answer for the calls that are right."""
+    try:
+        batch, _, nheads, headdim = q.shape
+        batch_k, seqlen_k, nheads_k, headdim_k = k.shape
+        batch_v, seqlen_v, nheads_v, headdim_v = v.shape
+    except (AttributeError, ValueError):
+        return False
+    return (
+        batch == batch_k == batch_v
+        and seqlen_k == seqlen_v
+        and nheads_k == nheads_v > 0
+        and nheads % nheads_k == 0
+        and 0 < headdim == headdim_k <= MAX_HEADDIM
+        and 0 < headdim_v <= MAX_HEADDIM
+        and q.dtype == k.dtype == v.dtype
+        and q.dtype in DTYPES
+        and q.device == k.device == v.device
+    )
+
+
+def check_qkv(q: Tensor, k: Tensor, v: Tensor, names: tuple[str, str] = ("k", "v")) -> None:
+    """q, k, v (batch, seqlen, heads, dim) of one dtype and device, heads that divide, dims in range."""
+    if _fits(q, k, v):
+        return
+    shapes = Shapes()
+    shapes.match("q", q, "batch seqlen_q nheads headdim")
+    shapes.match(names[0], k, "batch seqlen_k nheads_k headdim")
+    shapes.match(names[1], v, "batch seqlen_k nheads_k headdim_v")
+    check_dtype("q", q, DTYPES)
+    check_like(names[0], k, "q", q)
+    check_like(names[1], v, "q", q)
+    nheads, nheads_k = q.shape[2], k.shape[2]
+    if nheads_k == 0 or nheads % nheads_k:
+        raise ValueError(
+            f"{names[0]}: expected nheads_k that divides nheads={nheads}, got nheads_k={nheads_k}"
+        )
+    if not 1 <= q.shape[3] <= MAX_HEADDIM:
+        raise ValueError(f"q: expected headdim from 1 to {MAX_HEADDIM}, got {q.shape[3]}")
+    raise ValueError(f"{names[1]}: expected headdim_v from 1 to {MAX_HEADDIM}, got {v.shape[3]}")
+
+
+def check_modifiers(args: AttentionArgs) -> None:
+    """Everything beyond q, k, v: only called when a score modifier or a gradient is in use."""
+    batch, nheads = args.batch, args.q.shape[2]
+    packed = args.cu_seqlens_q is not None
+    seqlen_q = args.max_seqlen_q if packed else args.q.shape[1]
+    seqlen_k = args.max_seqlen_k if packed else args.k.shape[1]
+    scores = (batch, nheads, seqlen_q, seqlen_k)
+    check_range("softcap", args.softcap, 0.0, math.inf)
+    check_range("dropout_p", args.dropout_p, 0.0, 1.0)
+    if args.softcap > 0 and args.dropout_p > 0:
+        raise ValueError(f"softcap: expected 0 together with dropout_p={args.dropout_p}, got {args.softcap}")
+    if args.attn_bias is not None:
+        if not args.attn_bias.is_floating_point():
+            raise TypeError(
+                f"attn_bias: expected a float dtype, got {args.attn_bias.dtype} (bool masks: attn_mask)"
+            )
+        check_broadcast("attn_bias", args.attn_bias, scores)
+    if args.attn_mask is not None:
+        check_dtype("attn_mask", args.attn_mask, (torch.bool,))
+        check_broadcast("attn_mask", args.attn_mask, scores)
+    if args.alibi_slopes is not None:
+        if tuple(args.alibi_slopes.shape) not in ((nheads,), (batch, nheads)):
+            raise ValueError(
+                f"alibi_slopes: expected (nheads={nheads},) or (batch={batch}, nheads={nheads}), "
+                f"got {tuple(args.alibi_slopes.shape)}"
+            )
+        if args.alibi_slopes.requires_grad:
+            raise ValueError(
+                "alibi_slopes: expected a tensor without requires_grad, its gradient is not defined"
+            )
+    if args.sinks is not None:
+        Shapes(nheads=nheads).match("sinks", args.sinks, "nheads")
+
+
+def checked_scale(softmax_scale: float | None, headdim: int) -> float:
+    """1 / sqrt(headdim), or the finite number given."""
+    if softmax_scale is None:
+        return 1.0 / math.sqrt(headdim)
+    if not math.isfinite(softmax_scale):
+        raise ValueError(f"softmax_scale: expected a finite number, got {softmax_scale}")
+    return float(softmax_scale)
+
+
+def checked_window(window_size: tuple[int, int]) -> tuple[int, int]:
+    """(left, right), -1 = unlimited."""
+    left, right = window_size
+    if left < -1 or right < -1:
+        raise ValueError(f"window_size: expected (left, right) with values >= -1, got {window_size}")
+    return left, right
