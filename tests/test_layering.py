@@ -108,6 +108,8 @@ def test_kernels_include_no_framework_and_no_standard_library():
         "registry.cpp",
         "scratch.h",
         "scratch.cpp",
+        "turns.h",
+        "turns.cpp",
         "bindings.cpp",
         "plain_attention.h",
         "plain_attention.cpp",

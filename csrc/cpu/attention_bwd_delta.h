@@ -1,0 +1,76 @@
+// delta = rowsum(dO * O) - dlse: what the softmax takes off every gradient of a row.
+//
+// The sum has the order of dP's sums over V, so that a row with a single key finds dP == delta to the bit and gives
+// exactly no gradient to Q and K, as it should.
+#pragma once
+
+#include "cpu/attention_common.h"
+#include "cpu/parallel.h"
+
+namespace fastattn {
+namespace {
+
+template <class Vec>
+class Delta {
+ public:
+  using Real = typename Vec::Real;
+
+  explicit Delta(const AttentionBackwardParams& b) : b_(b), p_(b.fwd) {}
+
+  void run(int nthreads) const {
+    constexpr int64_t kQueries = 64;  // of one head: an item
+    const int64_t parts = ceil_div(p_.seqlen_q, kQueries);
+    parallel_for(p_.batch * parts * p_.nheads, nthreads, [&](int64_t item) {
+      const int64_t head = item % p_.nheads, part = item / p_.nheads % parts;
+      const Sequence sequence(p_, item / p_.nheads / parts);
+      const int64_t last = at_most(sequence.seqlen_q, (part + 1) * kQueries);
+      visit_storage<Real>(p_.dtype, [&](auto tag) {
+        for (int64_t query = part * kQueries; query < last; query += Vec::kLanes)
+          find<typename decltype(tag)::type>(sequence, query, at_most(Vec::kLanes, last - query), head);
+      });
+    });
+  }
+
+ private:
+  // Queries [query, query + n) of one head, in the lanes.
+  template <class T>
+  void find(const Sequence& sequence, int64_t query, int64_t n, int64_t head) const {
+    const T *out[Vec::kLanes], *dout[Vec::kLanes];
+    for (int i = 0; i < Vec::kLanes; ++i) {
+      out[i] = sequence.query<const T>(p_.out, query + at_most(n - 1, i), head);
+      dout[i] = sequence.query<const T>(b_.dout, query + at_most(n - 1, i), head);
+    }
+    Vec total = Vec::zero(), chain = Vec::zero();
+    for (int64_t d = 0; d < p_.headdim_v; d += Vec::kLanes) {
+      const int dims = static_cast<int>(at_most(Vec::kLanes, p_.headdim_v - d));
+      Vec a[Vec::kLanes], b[Vec::kLanes];
+      load_transposed(dout, d, dims, a);
+      load_transposed(out, d, dims, b);
+      for (int i = 0; i < dims; ++i) chain = fma(a[i], b[i], chain);
+      if (d + dims == p_.headdim_v || (d + dims) % kScoreChain == 0) {
+        total = d < kScoreChain ? chain : total + chain;
+        chain = Vec::zero();
+      }
+    }
+    Real sums[Vec::kLanes];
+    total.store(sums);
+    for (int64_t i = 0; i < n; ++i) {
+      const int64_t at = statistic(p_, sequence, query + i, head);
+      const Real dlse = b_.dlse ? static_cast<const Real*>(b_.dlse)[at] : 0;
+      static_cast<Real*>(b_.delta)[at] = sums[i] - dlse;
+    }
+  }
+
+  // Dimensions [d, d + dims) of kLanes rows: square[i] is dimension d + i.
+  template <class T>
+  static void load_transposed(const T* const (&rows)[Vec::kLanes], int64_t d, int dims, Vec (&square)[Vec::kLanes]) {
+    for (int i = 0; i < Vec::kLanes; ++i) square[i] = load_scaled<Vec>(rows[i] + d, dims, nullptr);
+    Vec::transpose(square);
+  }
+
+  const AttentionBackwardParams& b_;
+  const AttentionParams& p_;
+};
+
+}  // namespace
+}  // namespace fastattn
