@@ -15,6 +15,7 @@ FLOORS = {
     "fastattn.backends.reference": 4,
     "fastattn.backends.reference_sampling": 4,
     "fastattn.backends.cpu": 4,
+    "fastattn.backends.cpu_gradients": 4,
     "fastattn.args": 5,
     "fastattn.checks": 5,
     "fastattn.backends": 5,

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
+from fastattn.backends.cpu_gradients import bias_gradient, bias_sums, broadcast_strides, sinks_gradient
+
 try:
     from fastattn import _C
 except ImportError as error:
@@ -118,11 +120,16 @@ def attention_backward(
     compute, lse = _statistics(q), lse.contiguous()
     nheads, seqlen_q = lse.shape[-2:]
     delta = torch.empty_like(lse)
-    dbias = _bias_sums(args, compute) if needs_dbias else None
-    dq = torch.empty(q.shape, dtype=compute)
-    # Keys that no sequence holds are not visited.
-    all_keys = args.seqlens_k is None and args.cu_seqlens_k is None
-    dk, dv = ((torch.empty if all_keys else torch.zeros)(x.shape, dtype=x.dtype) for x in (k, v))
+    dbias = None
+    if needs_dbias and args.attn_bias is not None:
+        dbias = bias_sums(args.attn_bias, _scores_shape(args), compute)
+    # Tokens that no sequence holds are not visited.
+    some_queries, some_keys = (
+        args.cu_seqlens_q is not None,
+        (args.seqlens_k, args.cu_seqlens_k) != (None, None),
+    )
+    dq = (torch.zeros if some_queries else torch.empty)(q.shape, dtype=compute)
+    dk, dv = ((torch.zeros if some_keys else torch.empty)(x.shape, dtype=x.dtype) for x in (k, v))
     modifiers = _Modifiers(args) if args.features() else None
     dout = _unit_stride(dout)
     dlse = None if dlse is None else dlse.contiguous()
@@ -136,51 +143,16 @@ def attention_backward(
         _view(dq),
         _view(dk),
         _view(dv),
-        None if dbias is None else (dbias.data_ptr(), *_broadcast_strides(dbias), _DTYPES[compute]),
+        None if dbias is None else (dbias.data_ptr(), *broadcast_strides(dbias), _DTYPES[compute]),
     )
-    dsinks = None if args.sinks is None else _sinks_gradient(args.sinks, lse, delta)
-    return dq.to(q.dtype), dk, dv, _sum_to(args.attn_bias, dbias), dsinks
+    if args.attn_bias is not None and dbias is not None:
+        dbias = bias_gradient(args.attn_bias, dbias)
+    dsinks = None if args.sinks is None else sinks_gradient(args.sinks, lse, delta)
+    return dq.to(q.dtype), dk, dv, dbias, dsinks
 
 
 def _scores_shape(args: AttentionArgs) -> tuple[int, int, int, int]:
     return (args.batch, args.q.shape[2], args.max_seqlen_q or args.q.shape[1], _keys(args))
-
-
-def _bias_sums(args: AttentionArgs, compute: torch.dtype) -> Tensor:
-    """Where the kernel adds up the gradient of ``attn_bias``: its shape, or more where threads would meet.
-
-    A bias without queries or without keys gets a sum per head of each sequence: still O(seqlen).
-    """
-    assert args.attn_bias is not None
-    full = _scores_shape(args)
-    shape = (1,) * (4 - args.attn_bias.dim()) + tuple(args.attn_bias.shape)
-    if shape[2] == 1 and full[2] > 1:
-        shape = (*full[:2], 1, full[3])
-    elif shape[3] == 1 and full[3] > 1:
-        shape = (*full[:3], 1)
-    return torch.zeros(shape, dtype=compute)
-
-
-def _broadcast_strides(x: Tensor) -> tuple[int, ...]:
-    return tuple(0 if size == 1 else stride for size, stride in zip(x.shape, x.stride(), strict=True))
-
-
-def _sum_to(bias: Tensor | None, sums: Tensor | None) -> Tensor | None:
-    if bias is None or sums is None:
-        return None
-    shape = (1,) * (4 - bias.dim()) + tuple(bias.shape)
-    for dim in range(4):
-        if shape[dim] == 1:
-            sums = sums.sum(dim, keepdim=True)
-    return sums.to(bias.dtype).view(bias.shape)
-
-
-def _sinks_gradient(sinks: Tensor, lse: Tensor, delta: Tensor) -> Tensor:
-    """A sink takes ``exp(sink - lse)`` of each row's weight, and gives no value for it."""
-    column = sinks.to(lse.dtype)[:, None]  # (nheads, 1)
-    weight = torch.exp(column - lse).masked_fill(lse == -torch.inf, 0.0)
-    total = (weight * delta).sum(-1)  # (nheads,), or (batch, nheads)
-    return -(total if total.dim() == 1 else total.sum(0)).to(sinks.dtype)
 
 
 def append_kv(args: KVAppendArgs) -> tuple[Tensor, Tensor]:
