@@ -125,6 +125,7 @@ void attention_backward(const py::tuple& call, const py::tuple& out, const py::t
   p.dk = view(dk);
   p.dv = view(dv);
   p.dbias = score_view(dbias);
+  p.fast_bf16_dot = has_fast_bf16_dot();
   py::gil_scoped_release release;
   kernels().attention_backward(p);
 }

@@ -80,6 +80,7 @@ struct AttentionBackwardParams {
   TensorView dq;        // as q, but float or double whatever q is
   TensorView dk, dv;    // as k and v
   ScoreView dbias;      // float or double, zeros before the call: dS is added up where strides are 0; null = not wanted
+  bool fast_bf16_dot;   // whether this machine multiplies pairs of bf16 as fast as single floats
 };
 
 // Rotate q into q_out, and write the rotated new k, and v, into the cache, where kv.seqlens says that it ends.

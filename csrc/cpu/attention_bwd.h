@@ -9,11 +9,11 @@
 namespace fastattn {
 namespace {
 
-template <class Vec>
+template <class Vec, class Words>
 class Backward {
  public:
   using Real = typename Vec::Real;
-  using Tile = BackwardTile<Vec>;
+  using Tile = BackwardTile<Vec, Words>;
 
   explicit Backward(const AttentionBackwardParams& b)
       : b_(b),
@@ -30,7 +30,7 @@ class Backward {
   }
 
   void run() {
-    Delta<Vec>(b_).run(nthreads_);
+    Delta<Vec, Words>(b_).run(nthreads_);
     // Items that add to the same dQ take turns by their block of keys. An item waits for items of lower numbers only,
     // and numbers are drawn in order by threads that finish what they began: nobody waits for what nobody runs.
     const size_t counters = static_cast<size_t>(1 + heads_ * strips_);
@@ -109,10 +109,13 @@ class Backward {
   int32_t* turns_ = nullptr;  // (batch, nheads_k, strips): how many blocks of keys have been added to a strip's dQ
 };
 
-template <class Vec, class VecDouble>
+template <class Vec, class VecDouble, class Bf16Product>
 void attention_backward(const AttentionBackwardParams& b) {
   if (b.fwd.batch == 0) return;
-  b.fwd.dtype == DType::f64 ? Backward<VecDouble>(b).run() : Backward<Vec>(b).run();
+  if (b.fwd.dtype == DType::f64) return Backward<VecDouble, RealWords<VecDouble>>(b).run();
+  if constexpr (Bf16Product::kPhases == 1)  // it multiplies pairs
+    if (b.fwd.dtype == DType::bf16 && b.fast_bf16_dot) return Backward<Vec, Bf16Words<Vec, Bf16Product>>(b).run();
+  Backward<Vec, RealWords<Vec>>(b).run();
 }
 
 }  // namespace

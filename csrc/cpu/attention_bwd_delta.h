@@ -4,13 +4,13 @@
 // exactly no gradient to Q and K, as it should.
 #pragma once
 
-#include "cpu/attention_common.h"
+#include "cpu/attention_bwd_words.h"
 #include "cpu/parallel.h"
 
 namespace fastattn {
 namespace {
 
-template <class Vec>
+template <class Vec, class Words>
 class Delta {
  public:
   using Real = typename Vec::Real;
@@ -24,7 +24,7 @@ class Delta {
       const int64_t head = item % p_.nheads, part = item / p_.nheads % parts;
       const Sequence sequence(p_, item / p_.nheads / parts);
       const int64_t last = at_most(sequence.seqlen_q, (part + 1) * kQueries);
-      visit_storage<Real>(p_.dtype, [&](auto tag) {
+      Words::visit_rows(p_.dtype, [&](auto tag) {
         for (int64_t query = part * kQueries; query < last; query += Vec::kLanes)
           find<typename decltype(tag)::type>(sequence, query, at_most(Vec::kLanes, last - query), head);
       });
@@ -40,13 +40,18 @@ class Delta {
       out[i] = sequence.query<const T>(p_.out, query + at_most(n - 1, i), head);
       dout[i] = sequence.query<const T>(b_.dout, query + at_most(n - 1, i), head);
     }
+    using Product = typename Words::Product;
+    constexpr int64_t kStep = Vec::kLanes * Words::kPerWord;
+    static_assert(kScoreChain % kStep == 0, "a chain is whole squares");
     Vec total = Vec::zero(), chain = Vec::zero();
-    for (int64_t d = 0; d < p_.headdim_v; d += Vec::kLanes) {
-      const int dims = static_cast<int>(at_most(Vec::kLanes, p_.headdim_v - d));
-      Vec a[Vec::kLanes], b[Vec::kLanes];
-      load_transposed(dout, d, dims, a);
-      load_transposed(out, d, dims, b);
-      for (int i = 0; i < dims; ++i) chain = fma(a[i], b[i], chain);
+    for (int64_t d = 0; d < p_.headdim_v; d += kStep) {
+      const int64_t dims = at_most(kStep, p_.headdim_v - d);
+      Real a[Vec::kLanes * Vec::kLanes], b[Vec::kLanes * Vec::kLanes];
+      transpose(dout, d, dims, a);
+      transpose(out, d, dims, b);
+      for (int64_t i = 0; i < ceil_div(dims, Words::kPerWord); ++i)
+        chain =
+            Product::multiply_add(Product::row(a + i * Vec::kLanes, 0), Product::row(b + i * Vec::kLanes, 0), chain);
       if (d + dims == p_.headdim_v || (d + dims) % kScoreChain == 0) {
         total = d < kScoreChain ? chain : total + chain;
         chain = Vec::zero();
@@ -61,11 +66,13 @@ class Delta {
     }
   }
 
-  // Dimensions [d, d + dims) of kLanes rows: square[i] is dimension d + i.
+  // Dimensions [d, d + dims) of kLanes rows, rows side by side.
   template <class T>
-  static void load_transposed(const T* const (&rows)[Vec::kLanes], int64_t d, int dims, Vec (&square)[Vec::kLanes]) {
-    for (int i = 0; i < Vec::kLanes; ++i) square[i] = load_scaled<Vec>(rows[i] + d, dims, nullptr);
+  static void transpose(const T* const (&rows)[Vec::kLanes], int64_t d, int64_t dims, Real* words) {
+    Vec square[Vec::kLanes];
+    for (int i = 0; i < Vec::kLanes; ++i) square[i] = Words::load_words(rows[i] + d, dims);
     Vec::transpose(square);
+    for (int i = 0; i < Vec::kLanes; ++i) square[i].store(words + i * Vec::kLanes);
   }
 
   const AttentionBackwardParams& b_;

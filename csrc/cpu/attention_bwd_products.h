@@ -45,61 +45,65 @@ inline void for_tile(int64_t keys, Fn&& fn) {
     for (int i = 0; i < kVecs; ++i) fn(j, i, j * kStripRows<Vec> + i * Vec::kLanes);
 }
 
-// tile (columns, kStripRows) = finish(key, vec, keys (columns, ld) times panel_t (dim, kStripRows)), each sum in the
-// forward's order.
-template <class Vec, int kVecs, class Finish, class Real = typename Vec::Real>
+// tile (columns, kStripRows) = finish(key, vec, keys (columns, ld) times panel_t (ld, kStripRows)), each sum over dim
+// dimensions in the forward's order. Factors are in Words, ld counts words.
+template <class Vec, class Words, int kVecs, class Finish, class Real = typename Vec::Real>
 inline __attribute__((always_inline)) void score_products(const Real* panel_t, const Real* keys, int64_t ld,
                                                           int64_t dim, int64_t columns, Real* tile, Finish&& finish) {
-  constexpr int kCols = Vec::kTileCols, kStrip = kStripRows<Vec>;
+  constexpr int kCols = Vec::kTileCols, kStrip = kStripRows<Vec>, kChain = kScoreChain / Words::kPerWord;
+  const int64_t words = ceil_div(dim, Words::kPerWord);
   for (int64_t j = 0; j < columns; j += kCols) {
-    const auto chain = [&](auto last, int64_t d, int64_t depth) {
-      tile_gemm<Vec, kVecs, kCols>(
-          panel_t + d * kStrip, kStrip, keys + j * ld + d, ld, 1, depth, [](int, int) { return Vec::zero(); },
+    const auto chain = [&](auto last, int64_t i, int64_t depth) {
+      tile_gemm<Vec, kVecs, kCols, typename Words::Product>(
+          panel_t + i * kStrip, kStrip, keys + j * ld + i, ld, 1, depth, [](int, int) { return Vec::zero(); },
           [&](int col, int vec, Vec sum) {
             Real* at = tile + (j + col) * kStrip + vec * Vec::kLanes;
-            if (d > 0) sum = Vec::load(at) + sum;
+            if (i > 0) sum = Vec::load(at) + sum;
             if constexpr (decltype(last)::value) sum = finish(j + col, vec, sum);
             sum.store(at);
           });
     };
-    int64_t d = 0;
-    for (; d + kScoreChain < dim; d += kScoreChain) chain(Number<0>{}, d, kScoreChain);
-    chain(Number<1>{}, d, dim - d);
+    int64_t i = 0;
+    for (; i + kChain < words; i += kChain) chain(Number<0>{}, i, kChain);
+    chain(Number<1>{}, i, words - i);
   }
 }
 
-// sum_t (dim, kStripRows) += keys (columns, ld) transposed, times tile (columns, kStripRows); what ld has above dim is
-// zero, and sum_t has room for it.
-template <class Vec, int kVecs, class Real = typename Vec::Real>
+// sum_t (dim, kStripRows) += keys (columns, ld) transposed, times tile (columns, kStripRows), both in Words along the
+// keys. What ld has above dim is zero, and sum_t has room for it.
+template <class Vec, class Words, int kVecs, class Real = typename Vec::Real>
 inline void add_inner(const Real* tile, const Real* keys, int64_t ld, int64_t dim, int64_t columns, Real* sum_t) {
   constexpr int kCols = Vec::kTileCols, kStrip = kStripRows<Vec>;
   for (int64_t d = 0; d < dim; d += kCols)
-    tile_gemm<Vec, kVecs, kCols>(
-        tile, kStrip, keys + d, 1, ld, columns, [](int, int) { return Vec::zero(); },
+    tile_gemm<Vec, kVecs, kCols, typename Words::Product>(
+        tile, kStrip, keys + d, 1, ld, columns / Words::kPerWord, [](int, int) { return Vec::zero(); },
         [&](int col, int vec, Vec sum) {
           Real* at = sum_t + (d + col) * kStrip + vec * Vec::kLanes;
           (Vec::load(at) + sum).store(at);
         });
 }
 
-// sum (columns, ld) += tile (columns, kStripRows) times panel (rows, ld). rows_of(j, n) says which rows of the tile are
-// not zero in columns [j, j + n).
 struct RowRange {
   int64_t first, end;
 };
-template <class Vec, class RowsOf, class Real = typename Vec::Real>
-inline void add_outer(const Real* tile, const Real* panel, int64_t ld, int64_t columns, Real* sum, RowsOf&& rows_of) {
+
+// sum (columns, ld) += tile (columns, kStripRows) times panel (kStripRows, ld), both in Words along the rows, for dim
+// dimensions rounded up to whole vectors. rows_of(j, n) says which rows of the tile are not zero in columns [j, j + n).
+template <class Vec, class Words, class RowsOf, class Real = typename Vec::Real>
+inline void add_outer(const Real* tile, const Real* panel, int64_t ld, int64_t dim, int64_t columns, Real* sum,
+                      RowsOf&& rows_of) {
   using Outer = OuterTile<Vec>;
-  constexpr int kStrip = kStripRows<Vec>;
-  const int64_t vecs = ld / Vec::kLanes, parts = ceil_div(vecs, Outer::kVecs);
+  constexpr int kStripWords = kStripRows<Vec> / Words::kPerWord;
+  const int64_t vecs = ceil_div(dim, Vec::kLanes), parts = ceil_div(vecs, Outer::kVecs);
   for (int64_t part = 0; part < parts; ++part) {  // of equal size, give or take a vector
     const int64_t first = part * vecs / parts, last = (part + 1) * vecs / parts, d = first * Vec::kLanes;
     visit_number<Outer::kVecs>(static_cast<int>(last - first), [&](auto number) {
       constexpr int kVecs = decltype(number)::value, kCols = Outer::cols(kVecs);
       for (int64_t j = 0; j < columns; j += kCols) {
         const RowRange rows = rows_of(j, kCols);
-        tile_gemm<Vec, kVecs, kCols>(
-            panel + rows.first * ld + d, ld, tile + j * kStrip + rows.first, kStrip, 1, rows.end - rows.first,
+        const int64_t begin = rows.first / Words::kPerWord, end = ceil_div(rows.end, Words::kPerWord);
+        tile_gemm<Vec, kVecs, kCols, typename Words::Product>(
+            panel + begin * ld + d, ld, tile + j * kStripWords + begin, kStripWords, 1, end - begin,
             [](int, int) { return Vec::zero(); },
             [&](int col, int vec, Vec value) {
               Real* at = sum + (j + col) * ld + d + vec * Vec::kLanes;

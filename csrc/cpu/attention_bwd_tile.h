@@ -11,13 +11,12 @@
 // A bias is added where dS is taken, so dS, added up over what the bias broadcasts, is its gradient.
 #pragma once
 
-#include "cpu/attention_bwd_products.h"
-#include "cpu/attention_fwd.h"
+#include "cpu/attention_bwd_words.h"
 
 namespace fastattn {
 namespace {
 
-template <class Vec>
+template <class Vec, class Words>
 class BackwardTile {
  public:
   using Real = typename Vec::Real;
@@ -41,11 +40,8 @@ class BackwardTile {
         memory_(memory) {
     const KVHead k_head{p_.kv.k, p_.kv.k_scale, p_.kv, sequence.keys, head_k, p_.headdim};
     const KVHead v_head{p_.kv.v, p_.kv.v_scale, p_.kv, sequence.keys, head_k, p_.headdim_v};
-    for (int64_t j = 0; j < keys; j += kBlockK) {
-      const int n = static_cast<int>(at_most(kBlockK, keys - j));
-      pack_block<Vec>(k_head, first_key + j, n, k() + j * layout_.ldk, layout_.ldk);
-      pack_block<Vec>(v_head, first_key + j, n, v() + j * layout_.ldv, layout_.ldv);
-    }
+    Words::pack_keys(k_head, first_key, keys, layout_.ldk, k(), k_pairs());
+    Words::pack_keys(v_head, first_key, keys, layout_.ldv, v(), nullptr);
     clear(dk(), round_up(keys, kBlockK) * layout_.ldk);
     clear(dv(), round_up(keys, kBlockK) * layout_.ldv);
   }
@@ -55,7 +51,7 @@ class BackwardTile {
     const Strip strip{rows, static_cast<int>(ceil_div(rows.rows, Vec::kLanes)), rows.first_row + rows.rows - 1,
                       ScoreModifiers<Vec>(p_, sequence_, rows, memory_ + layout_.modifiers),
                       Dropout<Vec>(p_, sequence_, rows, memory_ + layout_.dropout)};
-    visit_storage<Real>(p_.dtype, [&](auto tag) { pack_rows<typename decltype(tag)::type>(strip); });
+    Words::visit_rows(p_.dtype, [&](auto tag) { pack_rows<typename decltype(tag)::type>(strip); });
     clear(dq(), layout_.ldk * kStrip);
     clear(sums(), kStrip);
     const int64_t begin = at_least(first_key_, visibility_.begin(rows.first_row) / kKeyStep * kKeyStep);
@@ -85,7 +81,7 @@ class BackwardTile {
 
   // dK and dV, once all rows are in.
   void store_dkv() {
-    visit_storage<Real>(p_.dtype, [&](auto tag) {
+    Words::visit_rows(p_.dtype, [&](auto tag) {
       using T = typename decltype(tag)::type;
       store_keys<T>(b_.dk, dk(), layout_.ldk, p_.headdim, static_cast<Real>(p_.softmax_scale));
       store_keys<T>(b_.dv, dv(), layout_.ldv, p_.headdim_v, Dropout<Vec>::scale(p_));
@@ -93,6 +89,8 @@ class BackwardTile {
   }
 
  private:
+  static constexpr int kPer = Words::kPerWord;
+  static constexpr int kTileWords = kBlockK * kStrip / kPer;
   static constexpr int kKeyStep = 16;  // ranges of keys are whole register tiles
   static_assert(kKeyStep % Vec::kLanes == 0, "whole squares");
   static_assert(kKeyStep % Vec::kTileCols == 0 && kKeyStep % OuterTile<Vec>::cols(1) == 0, "whole register tiles");
@@ -105,30 +103,32 @@ class BackwardTile {
     Dropout<Vec> dropout;
   };
 
-  // Where each array starts in the item's memory; every row is a whole number of vectors.
+  // Where each array starts in the item's memory; every row is a whole number of vectors, also of words.
   struct Layout {
     int64_t total = 0;
     const int64_t ldk, ldv, keys;  // headdim and headdim_v rounded up; keys per block
-    const int64_t k, v, dk, dv, q, q_t, dout, dout_t, dq, weights, dscores, extra, lse, lse_low, delta, begin, end,
-        sums;
+    const int64_t k, k_pairs, v, dk, dv, q, q_t, dout, dout_t, dq, weights, dscores, extra, words, lse, lse_low, delta,
+        begin, end, sums;
     const int64_t modifiers, dropout;
 
     explicit Layout(const AttentionParams& p)
-        : ldk(round_up(p.headdim, Vec::kLanes)),
-          ldv(round_up(p.headdim_v, Vec::kLanes)),
+        : ldk(round_up(p.headdim, kPer * Vec::kLanes)),
+          ldv(round_up(p.headdim_v, kPer * Vec::kLanes)),
           keys(at_most(kMaxKeys, at_least(kBlockK, kBlockReals / (2 * (ldk + ldv)) / kBlockK * kBlockK))),
-          k(take(keys * ldk)),
-          v(take(keys * ldv)),
+          k(take(keys * ldk / kPer)),
+          k_pairs(kPer > 1 ? take(keys * ldk / kPer) : k),
+          v(take(keys * ldv / kPer)),
           dk(take(keys * ldk)),
           dv(take(keys * ldv)),
-          q(take(kStrip * ldk)),
-          q_t(take(kStrip * ldk)),
-          dout(take(kStrip * ldv)),
-          dout_t(take(kStrip * ldv)),
+          q(take(kStrip * ldk / kPer)),
+          q_t(take(kStrip * ldk / kPer)),
+          dout(take(kStrip * ldv / kPer)),
+          dout_t(take(kStrip * ldv / kPer)),
           dq(take(kStrip * ldk)),
           weights(take(kBlockK * kStrip)),
           dscores(take(kBlockK * kStrip)),
           extra(take(kBlockK * kStrip)),
+          words(take(kPer > 1 ? 3 * kTileWords : 0)),
           lse(take(kStrip)),
           lse_low(take(kStrip)),
           delta(take(kStrip)),
@@ -148,14 +148,15 @@ class BackwardTile {
   static constexpr int64_t kBlockReals = (int64_t{1} << 19) / static_cast<int64_t>(sizeof(Real));
   static constexpr int64_t kMaxKeys = 256;
 
-  Real* k() const { return memory_ + layout_.k; }              // (keys, ldk)
-  Real* v() const { return memory_ + layout_.v; }              // (keys, ldv)
+  Real* k() const { return memory_ + layout_.k; }              // (keys, ldk), words along the dimensions
+  Real* k_pairs() const { return memory_ + layout_.k_pairs; }  // (keys, ldk), words along the keys
+  Real* v() const { return memory_ + layout_.v; }              // (keys, ldv), words along the dimensions
   Real* dk() const { return memory_ + layout_.dk; }            // (keys, ldk)
   Real* dv() const { return memory_ + layout_.dv; }            // (keys, ldv)
-  Real* q() const { return memory_ + layout_.q; }              // (kStrip, ldk)
-  Real* q_t() const { return memory_ + layout_.q_t; }          // (ldk, kStrip), times softmax_scale * log2(e)
-  Real* dout() const { return memory_ + layout_.dout; }        // (kStrip, ldv)
-  Real* dout_t() const { return memory_ + layout_.dout_t; }    // (ldv, kStrip)
+  Real* q() const { return memory_ + layout_.q; }              // (kStrip, ldk), words along the rows
+  Real* q_t() const { return memory_ + layout_.q_t; }          // (ldk, kStrip), words along the dimensions
+  Real* dout() const { return memory_ + layout_.dout; }        // (kStrip, ldv), words along the rows
+  Real* dout_t() const { return memory_ + layout_.dout_t; }    // (ldv, kStrip), words along the dimensions
   Real* dq() const { return memory_ + layout_.dq; }            // (ldk, kStrip)
   Real* weights() const { return memory_ + layout_.weights; }  // (kBlockK, kStrip), scores, then P
   Real* dscores() const { return memory_ + layout_.dscores; }  // (kBlockK, kStrip), dP, then dS
@@ -166,6 +167,11 @@ class BackwardTile {
   Real* begin() const { return memory_ + layout_.begin; }      // (kStrip,), visible keys from the tile's first key on
   Real* end() const { return memory_ + layout_.end; }          // (kStrip,)
   Real* sums() const { return memory_ + layout_.sums; }        // (kStrip,), dS over the block's keys
+
+  Real* words(int i) const { return memory_ + layout_.words + i * kTileWords; }  // of a tile
+
+  // To scores in log2.
+  Real score_scale() const { return static_cast<Real>(p_.softmax_scale * kLog2e); }
 
   static void clear(Real* x, int64_t reals) {
     for (int64_t i = 0; i < reals; i += Vec::kLanes) Vec::zero().store(x + i);
@@ -187,28 +193,8 @@ class BackwardTile {
       lse_low()[r] = empty ? 0 : static_cast<Real>(row_lse - static_cast<double>(lse()[r]));
       delta()[r] = static_cast<const Real*>(b_.delta)[at];
     }
-    const Real scale = static_cast<Real>(p_.softmax_scale * kLog2e);
-    pack_panel<T>(q_rows, strip.vecs, p_.headdim, layout_.ldk, scale, q(), q_t());
-    pack_panel<T>(dout_rows, strip.vecs, p_.headdim_v, layout_.ldv, 1, dout(), dout_t());
-  }
-
-  // Rows into panel (kStrip, ld) and, times scale, into panel_t (ld, kStrip).
-  template <class T>
-  static void pack_panel(const T* const* rows, int vecs, int64_t dim, int64_t ld, Real scale, Real* panel,
-                         Real* panel_t) {
-    const Vec factor = Vec::set1(scale);
-    for (int64_t r = 0; r < vecs * Vec::kLanes; r += Vec::kLanes)
-      for (int64_t d = 0; d < dim; d += Vec::kLanes) {
-        const int dims = static_cast<int>(at_most(Vec::kLanes, dim - d));
-        Vec square[Vec::kLanes];
-        for (int i = 0; i < Vec::kLanes; ++i) {
-          square[i] = load_scaled<Vec>(rows[r + i] + d, dims, nullptr);
-          square[i].store(panel + (r + i) * ld + d);
-          square[i] = square[i] * factor;
-        }
-        Vec::transpose(square);
-        for (int i = 0; i < Vec::kLanes; ++i) square[i].store(panel_t + (d + i) * kStrip + r);
-      }
+    Words::pack_panel(q_rows, strip.vecs, p_.headdim, layout_.ldk, score_scale(), q(), q_t());
+    Words::pack_panel(dout_rows, strip.vecs, p_.headdim_v, layout_.ldv, 1, dout(), dout_t());
   }
 
   // One strip of rows against keys [key, key + keys), at most kBlockK of them; key is a multiple of kKeyStep.
@@ -216,23 +202,31 @@ class BackwardTile {
     const Cover cover = strip.modifiers.cover(0, strip.vecs * Vec::kLanes, key, keys);
     if (cover == Cover::none) return;
     const int64_t columns = round_up(keys, kKeyStep), local = key - first_key_;
-    Real *block_k = k() + local * layout_.ldk, *block_v = v() + local * layout_.ldv;
     const Real* dropped = strip.dropout.on() ? extra() : weights();
     visit_number<kStripVecs>(strip.vecs, [&](auto number) {
       constexpr int kVecs = decltype(number)::value;
-      weigh<kVecs>(strip, block_k, key, keys, columns, cover);
-      differentiate<kVecs>(strip, block_v, key, keys, columns);
+      weigh<kVecs>(strip, k() + local * layout_.ldk / kPer, key, keys, columns, cover);
+      differentiate<kVecs>(strip, v() + local * layout_.ldv / kPer, key, keys, columns);
       if (b_.dbias.data) add_dbias<kVecs>(strip, key, keys);
       if (p_.softcap > 0) uncap<kVecs>(keys);
-      add_inner<Vec, kVecs>(dscores(), block_k, layout_.ldk, p_.headdim, columns, dq());
+      const Real* prob = Words::template along_rows<kVecs>(dropped, columns, words(0));
+      const Real* dscore = Words::template along_rows<kVecs>(dscores(), columns, words(1));
+      add_inner<Vec, Words, kVecs>(Words::template along_keys<kVecs>(dscores(), dscore, columns, words(2)),
+                                   k_pairs() + local / kPer * layout_.ldk, layout_.ldk, p_.headdim, columns, dq());
+      add_dkv(strip, key, columns, prob, dscore);
     });
+  }
+
+  // dV += P^T dO, dK += dS^T Q
+  void add_dkv(const Strip& strip, int64_t key, int64_t columns, const Real* prob, const Real* dscore) {
     const auto rows_of = [&](int64_t j, int64_t n) {
       const int64_t first = visibility_.first_row(key + j) - strip.rows.first_row;
       const int64_t last = at_most(strip.last_row, visibility_.last_row(key + j + n - 1)) - strip.rows.first_row;
       return RowRange{at_least(0, first), last + 1};
     };
-    add_outer<Vec>(dropped, dout(), layout_.ldv, columns, dv() + local * layout_.ldv, rows_of);
-    add_outer<Vec>(dscores(), q(), layout_.ldk, columns, dk() + local * layout_.ldk, rows_of);
+    Real *own_dk = dk() + (key - first_key_) * layout_.ldk, *own_dv = dv() + (key - first_key_) * layout_.ldv;
+    add_outer<Vec, Words>(prob, dout(), layout_.ldv, p_.headdim_v, columns, own_dv, rows_of);
+    add_outer<Vec, Words>(dscore, q(), layout_.ldk, p_.headdim, columns, own_dk, rows_of);
   }
 
   // weights = P
@@ -243,13 +237,17 @@ class BackwardTile {
       high[i] = Vec::load(lse() + i * Vec::kLanes);
       low[i] = Vec::load(lse_low() + i * Vec::kLanes);
     }
+    const Vec scale = Vec::set1(Words::kScalesRows ? 1 : score_scale());
+    const auto scaled = [&](Vec product) { return Words::kScalesRows ? product : product * scale; };
     // At most 1, also where lse comes from elsewhere: exp2 ends at 2^126.
     const auto weight = [&](Vec score, int vec) { return exp2(min(Vec::zero(), score - high[vec] - low[vec])); };
+    const auto multiply = [&](auto finish) __attribute__((always_inline)) {
+      score_products<Vec, Words, kVecs>(q_t(), block_k, layout_.ldk / kPer, p_.headdim, columns, weights(), finish);
+    };
     const bool modified = strip.modifiers.any(cover);
     const bool edge = visibility_.end(strip.rows.first_row) < key + columns || visibility_.begin(strip.last_row) > key;
     if (!modified && !edge)
-      return score_products<Vec, kVecs>(q_t(), block_k, layout_.ldk, p_.headdim, columns, weights(),
-                                        [&](int, int vec, Vec score) { return weight(score, vec); });
+      return multiply([&](int64_t, int vec, Vec product) { return weight(scaled(product), vec); });
     Vec begins[kVecs], ends[kVecs];
     find_range<kVecs>(strip, key, begins, ends);
     const auto visible_weight = [&](int64_t j, int vec, Vec score) {
@@ -257,9 +255,8 @@ class BackwardTile {
       return select((begins[vec] <= at) & (at < ends[vec]), weight(score, vec), Vec::zero());
     };
     if (!modified)
-      return score_products<Vec, kVecs>(q_t(), block_k, layout_.ldk, p_.headdim, columns, weights(), visible_weight);
-    score_products<Vec, kVecs>(q_t(), block_k, layout_.ldk, p_.headdim, columns, weights(),
-                               [](int, int, Vec score) { return score; });
+      return multiply([&](int64_t j, int vec, Vec product) { return visible_weight(j, vec, scaled(product)); });
+    multiply([&](int64_t, int, Vec product) { return scaled(product); });
     strip.modifiers.apply_tile(weights(), kStrip, 0, kVecs, key, keys, cover, p_.softcap > 0 ? extra() : nullptr);
     for_tile<Vec, kVecs>(columns, [&](int64_t j, int vec, int64_t at) {
       visible_weight(j, vec, Vec::load(weights() + at)).store(weights() + at);
@@ -285,22 +282,22 @@ class BackwardTile {
   void differentiate(const Strip& strip, const Real* block_v, int64_t key, int64_t keys, int64_t columns) {
     Vec delta_of[kVecs];
     for (int i = 0; i < kVecs; ++i) delta_of[i] = Vec::load(delta() + i * Vec::kLanes);
-    if (!strip.dropout.on()) {
-      score_products<Vec, kVecs>(
-          dout_t(), block_v, layout_.ldv, p_.headdim_v, columns, dscores(), [&](int j, int vec, Vec dprob) {
-            return Vec::load(weights() + j * kStrip + vec * Vec::kLanes) * (dprob - delta_of[vec]);
-          });
-    } else {
-      score_products<Vec, kVecs>(dout_t(), block_v, layout_.ldv, p_.headdim_v, columns, dscores(),
-                                 [](int, int, Vec dprob) { return dprob; });
-      for_tile<Vec, kVecs>(columns, [&](int64_t, int, int64_t at) { Vec::load(weights() + at).store(extra() + at); });
-      strip.dropout.apply_tile(dscores(), kStrip, 0, kVecs, key, keys, extra());
-      const Vec scale = Vec::set1(Dropout<Vec>::scale(p_));
-      for_tile<Vec, kVecs>(columns, [&](int64_t, int vec, int64_t at) {
-        const Vec dprob = Vec::load(dscores() + at) * scale;
-        (Vec::load(weights() + at) * (dprob - delta_of[vec])).store(dscores() + at);
+    const auto multiply = [&](auto finish) __attribute__((always_inline)) {
+      score_products<Vec, Words, kVecs>(dout_t(), block_v, layout_.ldv / kPer, p_.headdim_v, columns, dscores(),
+                                        finish);
+    };
+    if (!strip.dropout.on())
+      return multiply([&](int64_t j, int vec, Vec dprob) {
+        return Vec::load(weights() + j * kStrip + vec * Vec::kLanes) * (dprob - delta_of[vec]);
       });
-    }
+    multiply([](int64_t, int, Vec dprob) { return dprob; });
+    for_tile<Vec, kVecs>(columns, [&](int64_t, int, int64_t at) { Vec::load(weights() + at).store(extra() + at); });
+    strip.dropout.apply_tile(dscores(), kStrip, 0, kVecs, key, keys, extra());
+    const Vec scale = Vec::set1(Dropout<Vec>::scale(p_));
+    for_tile<Vec, kVecs>(columns, [&](int64_t, int vec, int64_t at) {
+      const Vec dprob = Vec::load(dscores() + at) * scale;
+      (Vec::load(weights() + at) * (dprob - delta_of[vec])).store(dscores() + at);
+    });
   }
 
   // From the gradient of the capped score to that of K Q^T.
