@@ -109,12 +109,13 @@ class Backward {
   int32_t* turns_ = nullptr;  // (batch, nheads_k, strips): how many blocks of keys have been added to a strip's dQ
 };
 
-template <class Vec, class VecDouble, class Bf16Product>
+// Dot multiplies bf16 by bf16, if the ISA can: tile_gemm.h.
+template <class Vec, class VecDouble, class Dot>
 void attention_backward(const AttentionBackwardParams& b) {
   if (b.fwd.batch == 0) return;
   if (b.fwd.dtype == DType::f64) return Backward<VecDouble, RealWords<VecDouble>>(b).run();
-  if constexpr (Bf16Product::kPhases == 1)  // it multiplies pairs
-    if (b.fwd.dtype == DType::bf16 && b.fast_bf16_dot) return Backward<Vec, Bf16Words<Vec, Bf16Product>>(b).run();
+  if constexpr (Dot::kPhases == 1)
+    if (scores_by_dot<Vec, Dot>(b.fwd) && b.fast_bf16_dot) return Backward<Vec, Bf16Words<Vec, Dot>>(b).run();
   Backward<Vec, RealWords<Vec>>(b).run();
 }
 

@@ -42,7 +42,8 @@ class Delta {
     }
     using Product = typename Words::Product;
     constexpr int64_t kStep = Vec::kLanes * Words::kPerWord;
-    static_assert(kScoreChain % kStep == 0, "a chain is whole squares");
+    constexpr int64_t kChain = kScoreChain * Words::kPerWord;  // dimensions
+    static_assert(kChain % kStep == 0, "a chain is whole squares");
     Vec total = Vec::zero(), chain = Vec::zero();
     for (int64_t d = 0; d < p_.headdim_v; d += kStep) {
       const int64_t dims = at_most(kStep, p_.headdim_v - d);
@@ -52,8 +53,8 @@ class Delta {
       for (int64_t i = 0; i < ceil_div(dims, Words::kPerWord); ++i)
         chain =
             Product::multiply_add(Product::row(a + i * Vec::kLanes, 0), Product::row(b + i * Vec::kLanes, 0), chain);
-      if (d + dims == p_.headdim_v || (d + dims) % kScoreChain == 0) {
-        total = d < kScoreChain ? chain : total + chain;
+      if (d + dims == p_.headdim_v || (d + dims) % kChain == 0) {
+        total = d < kChain ? chain : total + chain;
         chain = Vec::zero();
       }
     }
@@ -70,7 +71,7 @@ class Delta {
   template <class T>
   static void transpose(const T* const (&rows)[Vec::kLanes], int64_t d, int64_t dims, Real* words) {
     Vec square[Vec::kLanes];
-    for (int i = 0; i < Vec::kLanes; ++i) square[i] = Words::load_words(rows[i] + d, dims);
+    for (int i = 0; i < Vec::kLanes; ++i) square[i] = Words::load_row(rows[i] + d, dims);
     Vec::transpose(square);
     for (int i = 0; i < Vec::kLanes; ++i) square[i].store(words + i * Vec::kLanes);
   }

@@ -50,7 +50,7 @@ inline void for_tile(int64_t keys, Fn&& fn) {
 template <class Vec, class Words, int kVecs, class Finish, class Real = typename Vec::Real>
 inline __attribute__((always_inline)) void score_products(const Real* panel_t, const Real* keys, int64_t ld,
                                                           int64_t dim, int64_t columns, Real* tile, Finish&& finish) {
-  constexpr int kCols = Vec::kTileCols, kStrip = kStripRows<Vec>, kChain = kScoreChain / Words::kPerWord;
+  constexpr int kCols = Vec::kTileCols, kStrip = kStripRows<Vec>;
   const int64_t words = ceil_div(dim, Words::kPerWord);
   for (int64_t j = 0; j < columns; j += kCols) {
     const auto chain = [&](auto last, int64_t i, int64_t depth) {
@@ -64,7 +64,7 @@ inline __attribute__((always_inline)) void score_products(const Real* panel_t, c
           });
     };
     int64_t i = 0;
-    for (; i + kChain < words; i += kChain) chain(Number<0>{}, i, kChain);
+    for (; i + kScoreChain < words; i += kScoreChain) chain(Number<0>{}, i, kScoreChain);
     chain(Number<1>{}, i, words - i);
   }
 }

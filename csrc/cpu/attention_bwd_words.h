@@ -26,7 +26,7 @@ struct RealWords {
 
   // The first elements of a row as words; at most kLanes words.
   template <class T>
-  static Vec load_words(const T* row, int64_t elements) {
+  static Vec load_row(const T* row, int64_t elements) {
     return load_scaled<Vec>(row, static_cast<int>(elements), nullptr);
   }
 
@@ -45,7 +45,7 @@ struct RealWords {
       for (int64_t d = 0; d < dim; d += Vec::kLanes) {
         Vec square[Vec::kLanes];
         for (int i = 0; i < Vec::kLanes; ++i) {
-          square[i] = load_words(rows[r + i] + d, dim - d);
+          square[i] = load_row(rows[r + i] + d, dim - d);
           square[i].store(panel + (r + i) * ld + d);
           square[i] = square[i] * factor;
         }
@@ -78,28 +78,17 @@ struct Bf16Words {
     fn(TypeTag<bf16_t>{});
   }
 
-  // As above; of what is missing from the last word, zeros.
-  static Vec load_words(const bf16_t* row, int64_t elements) {
-    float words[Vec::kLanes] = {};
-    memcpy(words, row, static_cast<size_t>(at_most(2 * Vec::kLanes, elements)) * sizeof(bf16_t));
-    return Vec::load(words);
-  }
+  static Vec load_row(const bf16_t* row, int64_t elements) { return load_words<Vec>(row, elements); }
 
   // rows (keys, ld / 2) along the dimensions, pairs (keys / 2, ld) along the keys; padded as above.
   static void pack_keys(const KVHead& head, int64_t first, int64_t keys, int64_t ld, float* rows, float* pairs) {
-    const KeyRows<const bf16_t> source(head.view, head.kv, head.span, head.head);
-    bf16_t* to = reinterpret_cast<bf16_t*>(rows);
-    const size_t bytes = static_cast<size_t>(head.dim) * sizeof(bf16_t);
-    for (int64_t j = 0; j < keys; ++j) {
-      memcpy(to + j * ld, source[first + j], bytes);
-      memset(to + j * ld + head.dim, 0, static_cast<size_t>(ld) * sizeof(bf16_t) - bytes);
-    }
-    const int64_t padded = round_up(keys, kBlockK);
-    memset(to + keys * ld, 0, static_cast<size_t>((padded - keys) * ld) * sizeof(bf16_t));
+    for (int64_t j = 0; j < keys; j += kBlockK)
+      pack_words<Vec>(head, first + j, static_cast<int>(at_most(kBlockK, keys - j)), rows + j * ld / 2, ld / 2);
     if (!pairs) return;
-    for (int64_t j = 0; j < padded; j += 2)
+    const bf16_t* packed = reinterpret_cast<const bf16_t*>(rows);
+    for (int64_t j = 0; j < round_up(keys, kBlockK); j += 2)
       for (int64_t d = 0; d < ld; d += Vec::kLanes)
-        pair(Vec::load(to + j * ld + d), Vec::load(to + (j + 1) * ld + d)).store(pairs + j / 2 * ld + d);
+        pair(Vec::load(packed + j * ld + d), Vec::load(packed + (j + 1) * ld + d)).store(pairs + j / 2 * ld + d);
   }
 
   // Rows into panel (kStripRows / 2, ld) along the rows and panel_t (ld / 2, kStripRows) along the dimensions.
@@ -114,7 +103,7 @@ struct Bf16Words {
     for (int64_t r = 0; r < vecs * Vec::kLanes; r += Vec::kLanes)
       for (int64_t d = 0; d < dim; d += 2 * Vec::kLanes) {
         Vec square[Vec::kLanes];
-        for (int i = 0; i < Vec::kLanes; ++i) square[i] = load_words(rows[r + i] + d, dim - d);
+        for (int i = 0; i < Vec::kLanes; ++i) square[i] = load_row(rows[r + i] + d, dim - d);
         Vec::transpose(square);
         for (int i = 0; i < Vec::kLanes && d + 2 * i < ld; ++i)
           square[i].store(panel_t + (d / 2 + i) * kStripRows<Vec> + r);
