@@ -38,6 +38,12 @@ inline void visit_number(int n, Fn&& fn) {
   fn(Number<kMax>{});
 }
 
+// The first n lanes; whole vectors are spared the mask.
+template <class Vec, class T>
+inline void store_first(Vec x, T* to, int64_t n) {
+  n >= Vec::kLanes ? x.store(to) : x.store_n(to, static_cast<int>(n));
+}
+
 // fn(key, vec, offset) for the vectors of a tile.
 template <class Vec, int kVecs, class Fn>
 inline void for_tile(int64_t keys, Fn&& fn) {

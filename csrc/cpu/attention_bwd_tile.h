@@ -67,12 +67,11 @@ class BackwardTile {
         Vec square[Vec::kLanes];
         for (int i = 0; i < Vec::kLanes; ++i) square[i] = Vec::load(dq() + (d + i) * kStrip + r);
         Vec::transpose(square);
-        const int dims = static_cast<int>(at_most(Vec::kLanes, p_.headdim - d));
         for (int i = 0; i < at_most(Vec::kLanes, rows.rows - r); ++i) {
           const int64_t row = rows.first_row + r + i;
           Real* to = sequence_.query<Real>(b_.dq, visibility_.query(row), visibility_.head(rows, row)) + d;
-          const Vec before = overwrite ? Vec::zero() : load_scaled<Vec>(to, dims, nullptr);
-          fma(square[i], scale, before).store_n(to, dims);
+          const Vec before = overwrite ? Vec::zero() : load_scaled<Vec>(to, static_cast<int>(p_.headdim - d), nullptr);
+          store_first(fma(square[i], scale, before), to, p_.headdim - d);
         }
       }
     if (has_bias_per_row())
@@ -344,8 +343,7 @@ class BackwardTile {
     const Vec factor = Vec::set1(scale);
     for (int64_t j = 0; j < keys_; ++j)
       for (int64_t d = 0; d < dim; d += Vec::kLanes)
-        (Vec::load(rows + j * ld + d) * factor)
-            .store_n(to[first_key_ + j] + d, static_cast<int>(at_most(Vec::kLanes, dim - d)));
+        store_first(Vec::load(rows + j * ld + d) * factor, to[first_key_ + j] + d, dim - d);
   }
 
   const AttentionBackwardParams& b_;
