@@ -29,7 +29,7 @@ TensorView view(const py::tuple& t) {
 ScoreView score_view(const py::object& value) {
   if (value.is_none()) return {};
   const py::tuple t = value;
-  return {pointer<const void>(t[0].cast<uintptr_t>()),
+  return {pointer<void>(t[0].cast<uintptr_t>()),
           t[1].cast<int64_t>(),
           t[2].cast<int64_t>(),
           t[3].cast<int64_t>(),
@@ -96,14 +96,38 @@ AttentionParams attention_params(const py::tuple& call) {
 }
 
 // lse: (address, batch stride, head stride), address 0 = not wanted.
+void fill_lse(const py::tuple& lse, AttentionParams* p) {
+  p->lse = pointer<void>(item<uintptr_t>(lse, 0));
+  p->lse_stride_batch = item<int64_t>(lse, 1);
+  p->lse_stride_head = item<int64_t>(lse, 2);
+}
+
 void attention_forward(const py::tuple& call, const py::tuple& out, const py::tuple& lse) {
   AttentionParams p = attention_params(call);
   p.out = view(out);
-  p.lse = pointer<void>(item<uintptr_t>(lse, 0));
-  p.lse_stride_batch = item<int64_t>(lse, 1);
-  p.lse_stride_head = item<int64_t>(lse, 2);
+  fill_lse(lse, &p);
   py::gil_scoped_release release;
   kernels().attention_forward(p);
+}
+
+// dlse and delta have lse's strides; dlse 0 = none.
+void attention_backward(const py::tuple& call, const py::tuple& out, const py::tuple& lse, const py::tuple& dout,
+                        uintptr_t dlse, uintptr_t delta, const py::tuple& dq, const py::tuple& dk, const py::tuple& dv,
+                        const py::object& dbias) {
+  AttentionBackwardParams p{};
+  p.fwd = attention_params(call);
+  p.fwd.out = view(out);
+  fill_lse(lse, &p.fwd);
+  p.dout = view(dout);
+  p.dlse = pointer<const void>(dlse);
+  p.delta = pointer<void>(delta);
+  p.dq = view(dq);
+  p.dk = view(dk);
+  p.dv = view(dv);
+  p.dbias = score_view(dbias);
+  p.fast_bf16_dot = has_fast_bf16_dot();
+  py::gil_scoped_release release;
+  kernels().attention_backward(p);
 }
 
 void append_kv(const py::tuple& q, const py::tuple& q_out, const py::tuple& k, const py::tuple& v,
@@ -255,6 +279,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("select_isa", &select_kernels, "Use this instruction set from now on; '' = the best.");
   m.def("attention_forward", &attention_forward);
   PyModule_AddFunctions(m.ptr(), plain_attention_methods);
+  m.def("attention_backward", &attention_backward);
   m.def("append_kv", &append_kv);
   m.def("packed_linear_floats", &packed_linear_floats);
   m.def("pack_linear", &pack_linear);

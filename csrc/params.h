@@ -26,7 +26,7 @@ struct TensorView {
 
 // A score modifier: element (b, h, i, j) of a tensor that broadcasts to (batch, nheads, seqlen_q, seqlen_k).
 struct ScoreView {
-  const void* data;  // null = none
+  void* data;  // null = none
   int64_t stride_batch, stride_head, stride_q, stride_k;
   DType dtype;
 };
@@ -69,6 +69,18 @@ struct AttentionParams {
   uint64_t dropout_seed, dropout_offset;
   DType dtype;  // of q and out; double computes in double, everything else in float
   int nthreads;
+};
+
+// The gradients of a forward call, from those of out and lse.
+struct AttentionBackwardParams {
+  AttentionParams fwd;  // as the forward saw it; out and lse hold its results
+  TensorView dout;      // (batch, seqlen_q, nheads, headdim_v), packed as out, in q's dtype
+  const void* dlse;     // strided as fwd.lse; null = zero
+  void* delta;          // strided as fwd.lse: receives rowsum(dout * out) - dlse
+  TensorView dq;        // as q, but float or double whatever q is
+  TensorView dk, dv;    // as k and v
+  ScoreView dbias;      // float or double, zeros before the call: dS is added up where strides are 0; null = not wanted
+  bool fast_bf16_dot;   // whether this machine multiplies pairs of bf16 as fast as single floats
 };
 
 // Rotate q into q_out, and write the rotated new k, and v, into the cache, where kv.seqlens says that it ends.

@@ -17,6 +17,10 @@ def plain_attention(
     q: Tensor, k: Tensor, v: Tensor, causal: bool, softmax_scale: float | None, nthreads: int
 ) -> Tensor | None: ...
 def attention_forward(call: _Tuple, out: _View, lse: tuple[int, int, int]) -> None: ...
+def attention_backward(
+    call: _Tuple, out: _View, lse: tuple[int, int, int], dout: _View, dlse: int, delta: int, dq: _View, dk: _View,
+    dv: _View, dbias: _Tuple | None,
+) -> None: ...  # fmt: skip
 def append_kv(
     q: _View, q_out: _View, k: _View, v: _View, k_cache: _View, v_cache: _View, kv: _Tuple,
     rotary_cos: int, rotary_sin: int, sizes: tuple[int, int, int, int, int, int, int, int],

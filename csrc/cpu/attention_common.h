@@ -83,6 +83,11 @@ inline void merge(const SoftmaxState<Real>& total, const SoftmaxState<Real>& par
   }
 }
 
+// Where lse keeps what belongs to one query of one head.
+inline int64_t statistic(const AttentionParams& p, const Sequence& sequence, int64_t query, int64_t head) {
+  return sequence.q_row * p.lse_stride_batch + head * p.lse_stride_head + sequence.q_first + query;
+}
+
 // Divide and store: out and lse of an item's rows. A sink joins the denominator here, as one more score.
 template <class Vec, class Real = typename Vec::Real>
 inline void finalize(const AttentionParams& p, const Sequence& sequence, const WorkItem& item,
@@ -109,8 +114,7 @@ inline void finalize(const AttentionParams& p, const Sequence& sequence, const W
       if (d < p.headdim_v) (Vec::load(o + d) * weight).store_n(out + d, static_cast<int>(p.headdim_v - d));
     });
     if (p.lse)
-      static_cast<Real*>(
-          p.lse)[sequence.q_row * p.lse_stride_batch + head * p.lse_stride_head + sequence.q_first + query] =
+      static_cast<Real*>(p.lse)[statistic(p, sequence, query, head)] =
           empty ? -kInfinity : static_cast<Real>(kLn2) * (max + log2_of(sum));
   }
 }

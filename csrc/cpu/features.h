@@ -13,6 +13,7 @@ struct CpuFeatures {
   bool avx2 = false;         // AVX2, FMA and F16C, and the OS saves ymm
   bool avx512 = false;       // AVX-512 F, BW, DQ and VL, and the OS saves zmm and masks
   bool avx512_bf16 = false;  // the above and AVX512-BF16
+  bool fast_bf16_dot = false;  // vdpbf16ps as often as an FMA: AMD's cores, not Intel's, which have AMX for that
 };
 
 inline CpuFeatures detect_cpu() {
@@ -30,6 +31,8 @@ inline CpuFeatures detect_cpu() {
   features.avx2 = ymm && fma && f16c && bit(b, 5);
   features.avx512 = features.avx2 && zmm && bit(b, 16) && bit(b, 17) && bit(b, 30) && bit(b, 31);
   if (__get_cpuid_count(7, 1, &a, &b, &c, &d)) features.avx512_bf16 = features.avx512 && bit(a, 5);
+  __get_cpuid(0, &a, &b, &c, &d);
+  features.fast_bf16_dot = features.avx512_bf16 && c == signature_AMD_ecx;
 #endif
   return features;
 }

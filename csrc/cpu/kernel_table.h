@@ -8,6 +8,7 @@ namespace fastattn {
 struct KernelTable {
   const char* name;
   void (*attention_forward)(const AttentionParams&);
+  void (*attention_backward)(const AttentionBackwardParams&);
   void (*append_kv)(const KVAppendParams&);
   int64_t (*packed_linear_floats)(int64_t in_features, int64_t out_features, DType dtype);
   void (*pack_linear)(const PackLinearParams&);

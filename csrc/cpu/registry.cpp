@@ -49,6 +49,11 @@ void select_kernels(const std::string& name) {
   throw std::invalid_argument("FASTATTN_CPU_ISA: expected one of " + choices + ", got '" + name + "'");
 }
 
+bool has_fast_bf16_dot() {
+  static const bool fast = detect_cpu().fast_bf16_dot;
+  return fast;
+}
+
 const KernelTable& kernels() {
   if (!active) select_kernels("");
   return *active;

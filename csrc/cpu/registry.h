@@ -18,4 +18,7 @@ void select_kernels(const std::string& name);
 // The chosen table.
 const KernelTable& kernels();
 
+// Whether a dot product of bf16 pairs is as fast as an FMA here, and so twice as much work.
+bool has_fast_bf16_dot();
+
 }  // namespace fastattn

@@ -110,6 +110,10 @@ struct Visibility {
   int64_t end(int64_t row) const {
     return right < 0 ? seqlen_k : at_most(seqlen_k, at_least(0, query(row) + offset + right + 1));
   }
+
+  // The other way round: rows that see key `key` lie in [first_row, last_row], which may reach beyond the sequence.
+  int64_t first_row(int64_t key) const { return right < 0 ? 0 : (key - offset - right) * group; }
+  int64_t last_row(int64_t key) const { return left < 0 ? INT64_MAX : (key - offset + left + 1) * group - 1; }
 };
 
 }  // namespace

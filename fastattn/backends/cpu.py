@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
+from fastattn.backends.cpu_gradients import bias_gradient, bias_sums, broadcast_strides, sinks_gradient
+
 try:
     from fastattn import _C
 except ImportError as error:
@@ -110,6 +112,49 @@ def attention(args: AttentionArgs) -> tuple[Tensor, Tensor | None]:
     return out, lse
 
 
+def attention_backward(
+    args: AttentionArgs, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None, *, needs_dbias: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    """``dq, dk, dv, dbias, dsinks`` of a call of ``attention`` that gave ``out`` and ``lse``; as ``AttentionGrads``."""
+    q, k, v = _unit_stride(args.q), _unit_stride(args.k), _unit_stride(args.v)
+    compute, lse = _statistics(q), lse.contiguous()
+    nheads, seqlen_q = lse.shape[-2:]
+    delta = torch.empty_like(lse)
+    dbias = None
+    if needs_dbias and args.attn_bias is not None:
+        dbias = bias_sums(args.attn_bias, _scores_shape(args), compute)
+    # Tokens that no sequence holds are not visited.
+    some_queries, some_keys = (
+        args.cu_seqlens_q is not None,
+        (args.seqlens_k, args.cu_seqlens_k) != (None, None),
+    )
+    dq = (torch.zeros if some_queries else torch.empty)(q.shape, dtype=compute)
+    dk, dv = ((torch.zeros if some_keys else torch.empty)(x.shape, dtype=x.dtype) for x in (k, v))
+    modifiers = _Modifiers(args) if args.features() else None
+    dout = _unit_stride(dout)
+    dlse = None if dlse is None else dlse.contiguous()
+    _C.attention_backward(
+        _call(args, q, k, v, modifiers),
+        _view(_unit_stride(out)),
+        (lse.data_ptr(), nheads * seqlen_q, seqlen_q),
+        _view(dout),
+        _address(dlse),
+        delta.data_ptr(),
+        _view(dq),
+        _view(dk),
+        _view(dv),
+        None if dbias is None else (dbias.data_ptr(), *broadcast_strides(dbias), _DTYPES[compute]),
+    )
+    if args.attn_bias is not None and dbias is not None:
+        dbias = bias_gradient(args.attn_bias, dbias)
+    dsinks = None if args.sinks is None else sinks_gradient(args.sinks, lse, delta)
+    return dq.to(q.dtype), dk, dv, dbias, dsinks
+
+
+def _scores_shape(args: AttentionArgs) -> tuple[int, int, int, int]:
+    return (args.batch, args.q.shape[2], args.max_seqlen_q or args.q.shape[1], _keys(args))
+
+
 def append_kv(args: KVAppendArgs) -> tuple[Tensor, Tensor]:
     """Write the new (rotated) k and v at ``cache_seqlens``; returns rotated q and the new lengths (batch,)."""
     q = _unit_stride(args.q)
@@ -161,7 +206,7 @@ class _Modifiers:
 
     def __init__(self, args: AttentionArgs) -> None:
         compute = _statistics(args.q)
-        shape = (args.batch, args.q.shape[2], args.max_seqlen_q or args.q.shape[1], _keys(args))
+        shape = _scores_shape(args)
         slopes = None if args.alibi_slopes is None else args.alibi_slopes.to(compute).contiguous()
         sinks = None if args.sinks is None else args.sinks.to(compute).contiguous()
         bias, mask = args.attn_bias, args.attn_mask

@@ -17,7 +17,9 @@ struct DotBf16Product {
 
   static constexpr bool kRoundsX = true;
   static constexpr int64_t kMaxChainWords = 768;
-  static void put(VecAvx512 x, Scalar* row, int64_t feature) { x.store(reinterpret_cast<bf16_t*>(row) + feature); }
+  static void put(VecAvx512 x, Scalar* row, int64_t feature) {
+    _mm256_storeu_si256((__m256i*)(reinterpret_cast<bf16_t*>(row) + feature), (__m256i)_mm512_cvtneps_pbh(x.r));
+  }
 };
 
 }  // namespace
