@@ -11,7 +11,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 NO_FEATURES: frozenset[str] = frozenset()
-GRADIENTS = frozenset({"gradients"})
+APPEND_GRADIENTS = frozenset({"append_gradients"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,7 +126,7 @@ class KVAppendArgs:
 
     def features(self) -> frozenset[str]:
         """Names of what this append needs beyond writing and rotating."""
-        return GRADIENTS if self.needs_grad else NO_FEATURES
+        return APPEND_GRADIENTS if self.needs_grad else NO_FEATURES
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,8 +25,9 @@ if TYPE_CHECKING:
 NAME = "cpu"
 FEATURES = frozenset(
     {"window", "softcap", "alibi", "bias", "mask", "sinks", "dropout", "varlen", "leftpad", "cache_batch_idx", "paged",
-     "kv_dtype"}
+     "kv_dtype", "gradients"}
 )  # fmt: skip
+_NO_GRADIENTS_WITH = frozenset({"leftpad", "cache_batch_idx", "paged", "kv_dtype"})
 
 # The ISA is chosen once, at import; a wrong FASTATTN_CPU_ISA is not a crash but the reason why this backend is off.
 _ISA_ERROR: str | None = None
@@ -89,7 +90,10 @@ def supports(args: AttentionArgs | KVAppendArgs | SamplingArgs) -> str | None:
         return f"lacks dtype '{str(tensor.dtype).removeprefix('torch.')}'"
     if tensor.dim() == 2 and tensor.shape[1] > _MAX_VOCAB:  # logits
         return f"lacks vocabularies above {_MAX_VOCAB}"
-    lacking = sorted(args.features() - FEATURES)
+    features = args.features()
+    lacking = sorted(features - FEATURES)
+    if "gradients" in features and features & _NO_GRADIENTS_WITH:
+        lacking.append("gradients")
     return f"lacks {', '.join(map(repr, lacking))}" if lacking else None
 
 
@@ -131,11 +135,11 @@ def attention_backward(
     dq = (torch.zeros if some_queries else torch.empty)(q.shape, dtype=compute)
     dk, dv = ((torch.zeros if some_keys else torch.empty)(x.shape, dtype=x.dtype) for x in (k, v))
     modifiers = _Modifiers(args) if args.features() else None
-    dout = _unit_stride(dout)
+    out, dout = _unit_stride(out), _unit_stride(dout)
     dlse = None if dlse is None else dlse.contiguous()
     _C.attention_backward(
         _call(args, q, k, v, modifiers),
-        _view(_unit_stride(out)),
+        _view(out),
         (lse.data_ptr(), nheads * seqlen_q, seqlen_q),
         _view(dout),
         _address(dlse),

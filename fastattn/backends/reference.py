@@ -33,7 +33,7 @@ NAME = "reference"
 FEATURES = frozenset(
     {
         "window", "softcap", "alibi", "bias", "mask", "sinks", "dropout", "varlen", "leftpad", "cache_batch_idx",
-        "paged", "kv_dtype", "gradients",
+        "paged", "kv_dtype", "gradients", "append_gradients",
     }
 )  # fmt: skip
 
