@@ -68,7 +68,12 @@ def attention(args: AttentionArgs, backend: str) -> tuple[Tensor, Tensor | None]
         return direct
     if not is_tracing(args.q, args.k, args.v):
         resolve(backend, args)  # a refusal comes now, not in the middle of the backward pass
-    out, lse = torch.ops.fastattn.attention(*_flat(args, backend))
+    # torch.func's transforms want an autograd.Function: they do not see through an operator's derivative.
+    transformed = (
+        torch._C._functorch.peek_interpreter_stack() is not None and not torch.compiler.is_compiling()
+    )
+    call: Any = _Transformed.apply if transformed else torch.ops.fastattn.attention
+    out, lse = call(*_flat(args, backend))
     return out, (lse if args.return_lse else None)
 
 
@@ -200,13 +205,12 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> 
     ctx.numbers = inputs[len(_TENSORS) :]
 
 
-def _backward(ctx: Any, dout: Tensor, dlse: Tensor) -> tuple[Any, ...]:
+def _backward(ctx: Any, dout: Tensor, dlse: Tensor, backward: Any = None) -> tuple[Any, ...]:
     *tensors, out, lse = ctx.saved_tensors
     flat = (*tensors, *ctx.numbers)
     wanted = dict(zip((*_TENSORS, "softmax_scale"), ctx.needs_input_grad))
-    dq, dk, dv, dbias, dsinks = torch.ops.fastattn.attention_backward(
-        dout, dlse, out, lse, wanted["attn_bias"], *flat
-    )
+    backward = backward or torch.ops.fastattn.attention_backward
+    dq, dk, dv, dbias, dsinks = backward(dout, dlse, out, lse, wanted["attn_bias"], *flat)
     grads = {"q": dq, "k": dk, "v": dv, "attn_bias": dbias, "sinks": dsinks}
     return tuple(grads[name] if wanted[name] and name in grads else None for name in _TENSORS) + (None,) * (
         len(flat) - len(_TENSORS)
@@ -305,6 +309,40 @@ def _fold(n: int, flat: list[Any], mapped: list[bool]) -> list[Any] | None:
             x = x.expand(-1, batch, -1, -1, -1)
         values[name] = x.flatten(0, 1)
     return [*values.values(), *flat[len(_TENSORS) :]]
+
+
+class _Transformed(torch.autograd.Function):
+    """The operator under torch.func's transforms."""
+
+    @staticmethod
+    def forward(*flat: Any) -> tuple[Tensor, Tensor]:
+        out, lse = torch.ops.fastattn.attention(*flat)
+        return out, lse
+
+    setup_context = staticmethod(_setup)
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor, dlse: Tensor) -> tuple[Any, ...]:
+        return _backward(ctx, dout, dlse, _TransformedBackward.apply)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], *flat: Any) -> Any:
+        return _batched(_Transformed.apply, _fold)(info, in_dims, *flat)
+
+
+class _TransformedBackward(torch.autograd.Function):
+    """Its derivative, likewise."""
+
+    @staticmethod
+    def forward(*flat: Any) -> tuple[Tensor, ...]:
+        return tuple(torch.ops.fastattn.attention_backward(*flat))
+
+    setup_context = staticmethod(_setup_double)
+    backward = staticmethod(_double_backward)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], *flat: Any) -> Any:
+        return _batched(_TransformedBackward.apply, None)(info, in_dims, *flat)
 
 
 for _name, _body, _fake in (
