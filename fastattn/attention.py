@@ -35,6 +35,7 @@ def attention(
     attn_mask: Tensor | None = None,
     sinks: Tensor | None = None,
     dropout_p: float = 0.0,
+    rng_state: Tensor | None = None,
     return_lse: bool = False,
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -52,7 +53,8 @@ def attention(
         attn_bias: float, broadcastable to (batch, nheads, seqlen_q, seqlen_k), added to the scores.
         attn_mask: bool, the same broadcast, True = may attend.
         sinks: (nheads,) logits of one more column without a value in every softmax.
-        dropout_p: probability of dropping an attention weight; the mask comes from torch's default generator.
+        dropout_p: probability of dropping an attention weight.
+        rng_state: (2,) int64, seed and offset: the same mask every time; default: new ones from torch's generator.
         return_lse: also return the log-sum-exp of the scores.
         backend: "auto", or a name of ``available_backends()``, which then does it or raises.
 
@@ -96,7 +98,7 @@ def attention(
         attn_mask=attn_mask,
         sinks=sinks,
         dropout_p=dropout_p,
-        rng_state=ops.new_rng_state() if dropout_p > 0 else None,
+        rng_state=ops.checked_rng_state(dropout_p, rng_state),
         return_lse=return_lse,
         needs_grad=ops.needs_grad(q, k, v, attn_bias, sinks),
     )

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fastattn.args import AttentionArgs, KVAppendArgs
 from fastattn.backends import reference, resolve
+from fastattn.checks import Shapes, check_dtype
 
 _LIBRARY = torch.library.Library("fastattn", "DEF")  # type: ignore[no-untyped-call]
 _PLAIN = (Tensor, torch.nn.Parameter)
@@ -112,6 +113,18 @@ def needs_grad(*tensors: Tensor | None) -> bool:
 def new_rng_state() -> Tensor:
     """(2,) int64, seed and offset of one dropout mask, from torch's default generator."""
     return torch.randint(0, 2**63 - 1, (2,), dtype=torch.int64)
+
+
+def checked_rng_state(dropout_p: float, given: Tensor | None) -> Tensor | None:
+    """The state that a call with this dropout uses."""
+    if given is not None:
+        Shapes().match("rng_state", given, "seed_and_offset")
+        check_dtype("rng_state", given, (torch.int64,))
+        if given.shape[0] != 2:
+            raise ValueError(f"rng_state: expected (2,), got {tuple(given.shape)}")
+    if not dropout_p > 0:
+        return None
+    return new_rng_state() if given is None else given
 
 
 def _flat(args: AttentionArgs, backend: str) -> tuple[Any, ...]:

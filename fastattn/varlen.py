@@ -31,6 +31,7 @@ def attention_varlen(
     attn_mask: Tensor | None = None,
     sinks: Tensor | None = None,
     dropout_p: float = 0.0,
+    rng_state: Tensor | None = None,
     block_table: Tensor | None = None,
     return_lse: bool = False,
     backend: str = "auto",
@@ -47,8 +48,8 @@ def attention_varlen(
         attn_bias: broadcastable to (batch, nheads, max_seqlen_q, max_seqlen_k), indexed within each sequence.
         attn_mask: the same, bool.
         block_table: (batch, max_blocks) int32, the pages of each sequence's keys, of any size.
-        causal, softmax_scale, window_size, softcap, alibi_slopes, sinks, dropout_p, return_lse, backend: as in
-            ``attention``.
+        causal, softmax_scale, window_size, softcap, alibi_slopes, sinks, dropout_p, rng_state, return_lse, backend: as
+            in ``attention``.
 
     Returns:
         out (total_q, nheads, headdim_v); with return_lse also lse (nheads, total_q), natural log, float32.
@@ -93,7 +94,7 @@ def attention_varlen(
         attn_mask=attn_mask,
         sinks=sinks,
         dropout_p=dropout_p,
-        rng_state=ops.new_rng_state() if dropout_p > 0 else None,
+        rng_state=ops.checked_rng_state(dropout_p, rng_state),
         cu_seqlens_q=cu_seqlens_q.contiguous(),
         cu_seqlens_k=cu_seqlens_k.contiguous() if block_table is None else None,
         max_seqlen_q=max_seqlen_q,

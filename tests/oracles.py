@@ -35,7 +35,7 @@ def attention64(
     mask = None if attn_mask is None else attn_mask.expand(full).numpy()
     for b in range(batch):
         used = k.shape[1] if seqlens_k is None else seqlens_k[b]
-        if used == 0 or seqlen_q == 0:
+        if seqlen_q == 0 or (used == 0 and sinks is None):
             continue
         for h in range(nheads):
             qh = q[b, :, h].double().numpy()
