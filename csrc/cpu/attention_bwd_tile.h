@@ -4,6 +4,7 @@
 // in tiles that live in L1:
 //
 //   P  = exp2(K Q^T - lse)           rows in the lanes; scores are summed in the forward's order, to the same bits
+//                                    (except bf16 where dot products exist but are slow)
 //   dS = P * (V dO^T - delta)
 //   dV += P^T dO,  dK += dS^T Q      dimensions in the lanes
 //   dQ^T += K^T dS                   rows in the lanes; kept for the strip, then added to dQ
