@@ -14,7 +14,8 @@ Facts from flash_attn's public interface (Dao-AILab/flash-attention, flash_attn_
 a CPU, in float32 and float64 too, for any head dimension up to 512, and is always deterministic; no probability is
 dropped in two different ways on two machines. As there, a row that sees no key has out = 0 and lse = +inf, and with
 ``return_attn_probs`` a call returns ``(out, softmax_lse, S_dmask)``: S_dmask (batch, nheads, seqlen_q, seqlen_k, both
-rounded up to 128), the probabilities before dropout, negative where dropout dropped; None without dropout.
+rounded up to 128), the probabilities before dropout, negative where dropout dropped; without dropout a tensor of no
+elements.
 """
 
 from __future__ import annotations
@@ -59,13 +60,7 @@ def flash_attn_func(
 ) -> Result:
     """``fastattn.attention``; q (batch, seqlen_q, nheads, headdim), k, v (batch, seqlen_k, nheads_k, headdim)."""
     rng_state = ops.new_rng_state() if dropout_p > 0 else None
-    call: dict[str, Any] = {
-        "causal": causal,
-        "softmax_scale": softmax_scale,
-        "window_size": window_size,
-        "softcap": softcap,
-        "alibi_slopes": alibi_slopes,
-    }
+    call = _modifiers(causal, softmax_scale, window_size, softcap, alibi_slopes)
     if not return_attn_probs:
         return attention(q, k, v, dropout_p=dropout_p, rng_state=rng_state, **call)
     out, lse = _pair(attention(q, k, v, dropout_p=dropout_p, rng_state=rng_state, return_lse=True, **call))
@@ -149,13 +144,7 @@ def flash_attn_varlen_func(
 ) -> Result:
     """``fastattn.attention_varlen``; softmax_lse (nheads, total_q). S_dmask is of sequences padded to the longest."""
     rng_state = ops.new_rng_state() if dropout_p > 0 else None
-    call: dict[str, Any] = {
-        "causal": causal,
-        "softmax_scale": softmax_scale,
-        "window_size": window_size,
-        "softcap": softcap,
-        "alibi_slopes": alibi_slopes,
-    }
+    call = _modifiers(causal, softmax_scale, window_size, softcap, alibi_slopes)
     lengths = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     given: dict[str, Any] = {
         "dropout_p": dropout_p,
@@ -166,11 +155,9 @@ def flash_attn_varlen_func(
     if not return_attn_probs:
         return attention_varlen(q, k, v, *lengths, **given)
     out, lse = _pair(attention_varlen(q, k, v, *lengths, return_lse=True, **given))
-    if dropout_p > 0 and block_table is not None:
-        raise NotImplementedError("return_attn_probs: expected no block_table together with dropout_p > 0")
-    probs = None
+    probs = q.new_empty(0)
     if rng_state is not None:
-        probs = _varlen_probabilities(q, k, lengths, dropout_p, rng_state, call)
+        probs = _varlen_probabilities(q, k, lengths, block_table, dropout_p, rng_state, call)
     return out, _their_lse(lse), probs
 
 
@@ -255,17 +242,31 @@ def flash_attn_with_kvcache(
         cache_batch_idx=cache_batch_idx,
         cache_leftpad=cache_leftpad,
         num_splits=num_splits,
-        causal=causal,
-        softmax_scale=softmax_scale,
-        window_size=window_size,
-        softcap=softcap,
-        alibi_slopes=alibi_slopes,
         return_lse=return_softmax_lse,
+        **_modifiers(causal, softmax_scale, window_size, softcap, alibi_slopes),
     )
     if not return_softmax_lse:
         return result
     out, lse = _pair(result)
     return out, _their_lse(lse)
+
+
+def _modifiers(
+    causal: bool,
+    softmax_scale: float | None,
+    window_size: tuple[int, int],
+    softcap: float,
+    alibi_slopes: Tensor | None,
+) -> dict[str, Any]:
+    """What all seven take. Any negative number switches a window or the softcap off there; here -1 and 0 do."""
+    left, right = window_size
+    return {
+        "causal": causal,
+        "softmax_scale": softmax_scale,
+        "window_size": (max(left, -1), max(right, -1)),
+        "softcap": 0.0 if softcap < 0 else softcap,
+        "alibi_slopes": alibi_slopes,
+    }
 
 
 def _pair(result: Tensor | tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
@@ -282,7 +283,7 @@ def _unpack(name: str, packed: Tensor, dims: int, parts: int) -> tuple[Tensor, .
 
 def _their_lse(lse: Tensor) -> Tensor:
     """+inf, not -inf, for rows that see no key."""
-    return torch.where(lse == -math.inf, -lse, lse)
+    return lse.masked_fill(lse == -math.inf, math.inf)
 
 
 def _probabilities(q: Tensor, k: Tensor, call: dict[str, Any]) -> Tensor:
@@ -311,9 +312,9 @@ def _signed(probs: Tensor, keep: Tensor) -> Tensor:
 
 def _dropped_probabilities(
     q: Tensor, k: Tensor, dropout_p: float, rng_state: Tensor | None, call: dict[str, Any]
-) -> Tensor | None:
+) -> Tensor:
     if rng_state is None:
-        return None
+        return q.new_empty(0)
     with torch.no_grad():
         probs = _probabilities(q, k, call)
         batch, nheads, seqlen_q, seqlen_k = probs.shape
@@ -324,6 +325,7 @@ def _varlen_probabilities(
     q: Tensor,
     k: Tensor,
     lengths: tuple[Tensor, Tensor, int, int],
+    block_table: Tensor | None,
     dropout_p: float,
     rng_state: Tensor,
     call: dict[str, Any],
@@ -335,7 +337,13 @@ def _varlen_probabilities(
     with torch.no_grad():
         for b in range(batch):
             rows, keys = slice(int(cu_q[b]), int(cu_q[b + 1])), slice(int(cu_k[b]), int(cu_k[b + 1]))
+            if block_table is None:
+                own_k = k[keys]
+            else:
+                seqlen_k = keys.stop - keys.start
+                pages = block_table[b, : -(-seqlen_k // k.shape[1])].long()
+                own_k = k[pages].flatten(0, 1)[:seqlen_k]  # (seqlen_k, nheads_k, headdim)
             own = {**call, "alibi_slopes": slopes[b] if slopes is not None and slopes.dim() == 2 else slopes}
-            one = _probabilities(q[None, rows], k[None, keys], own)
+            one = _probabilities(q[None, rows], own_k[None], own)
             probs[b, :, : one.shape[2], : one.shape[3]] = one[0]
         return _signed(probs, dropout_keep(rng_state, batch, nheads, max_q, max_k, dropout_p))

@@ -106,7 +106,8 @@ def test_attn_probs_tell_what_was_dropped(causal):
     share = (probs < 0).sum() / (probs != 0).sum()
     assert abs(float(share) - 0.3) < 0.01
     plain = flash_attn.flash_attn_func(q, k, v, causal=causal, return_attn_probs=True)
-    assert plain[2] is None
+    assert plain[2].shape == (0,)
+    assert plain[2].dtype == q.dtype
     torch.testing.assert_close(plain[1], lse)
 
 
@@ -126,12 +127,41 @@ def test_attn_probs_of_packed_sequences():
         torch.testing.assert_close(torch.einsum("hij,jhd->ihd", kept, wide), out[rows], rtol=0, atol=1e-5)
 
 
+def test_attn_probs_of_pages():
+    q, k, v = (x.flatten(0, 1) for x in make())
+    cu_q, cu_k = (torch.tensor(x, dtype=torch.int32) for x in ([0, 40, 140], [0, 100, 180]))
+    table = torch.tensor([[0, 1, 2, 3, 4], [5, 6, 7, 8, -1]], dtype=torch.int32)
+    pages = [x.view(9, 20, 2, 32) for x in (k, v)]
+    results = []
+    for keys, extra in (((k, v), {}), (pages, {"block_table": table})):
+        torch.manual_seed(2)
+        results.append(
+            flash_attn.flash_attn_varlen_func(
+                q, *keys, cu_q, cu_k, 100, 100, 0.5, causal=True, return_attn_probs=True, **extra
+            )
+        )
+    for packed, paged in zip(*results):
+        assert torch.equal(packed, paged)
+
+
+def test_any_negative_number_switches_off():
+    q, k, v = make()
+    out = flash_attn.flash_attn_func(q, k, v)
+    assert torch.equal(flash_attn.flash_attn_func(q, k, v, window_size=(-7, -2), softcap=-1.0), out)
+    assert torch.equal(flash_attn.flash_attn_with_kvcache(q, k, v, window_size=(-7, -2), softcap=-1.0), out)
+
+
 def test_rows_without_keys_have_their_lse():
     q, k, v = make(seqlen_q=5, seqlen_k=3)
     out, lse, _ = flash_attn.flash_attn_func(q, k, v, causal=True, return_attn_probs=True)
     assert (out[:, :2] == 0).all()
     assert (lse[:, :, :2] == math.inf).all()
     assert lse[:, :, 2:].isfinite().all()
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    out, lse, _ = flash_attn.flash_attn_func(*leaves, causal=True, return_attn_probs=True)
+    grads = torch.autograd.grad(out.sum() + lse[:, :, 2:].sum(), leaves)
+    assert all(x.isfinite().all() for x in grads)
+    assert (grads[0][:, :2] == 0).all()
 
 
 def test_kvcache_and_gradients():
