@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from numbers import Integral
 
 import torch
 from torch import Tensor
@@ -12,6 +13,7 @@ from fastattn.checks import Shapes, check_broadcast, check_dtype, check_like, ch
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 MAX_HEADDIM = 512
+_WIDEST = 1 << 40
 
 
 def _fits(q: Tensor, k: Tensor, v: Tensor) -> bool:
@@ -26,6 +28,7 @@ def _fits(q: Tensor, k: Tensor, v: Tensor) -> bool:
         batch == batch_k == batch_v
         and seqlen_k == seqlen_v
         and nheads_k == nheads_v > 0
+        and nheads > 0
         and nheads % nheads_k == 0
         and 0 < headdim == headdim_k <= MAX_HEADDIM
         and 0 < headdim_v <= MAX_HEADDIM
@@ -47,6 +50,8 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor, names: tuple[str, str] = ("k", "v
     check_like(names[0], k, "q", q)
     check_like(names[1], v, "q", q)
     nheads, nheads_k = q.shape[2], k.shape[2]
+    if nheads == 0:
+        raise ValueError("q: expected at least 1 head, got 0")
     if nheads_k == 0 or nheads % nheads_k:
         raise ValueError(
             f"{names[0]}: expected nheads_k that divides nheads={nheads}, got nheads_k={nheads_k}"
@@ -100,8 +105,8 @@ def checked_scale(softmax_scale: float | None, headdim: int) -> float:
 
 
 def checked_window(window_size: tuple[int, int]) -> tuple[int, int]:
-    """(left, right), -1 = unlimited."""
-    left, right = window_size
-    if left < -1 or right < -1:
+    """(left, right), -1 = unlimited; wider than any sequence counts as that, so that no sum of places overflows."""
+    if len(window_size) != 2 or not all(isinstance(n, Integral) and n >= -1 for n in window_size):
         raise ValueError(f"window_size: expected (left, right) with values >= -1, got {window_size}")
-    return left, right
+    left, right = window_size
+    return min(left, _WIDEST), min(right, _WIDEST)

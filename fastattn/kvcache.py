@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from numbers import Integral
 
 import torch
 from torch import Tensor
@@ -88,7 +89,7 @@ def attention_with_kvcache(
     if leftpad is not None and not tracing and bool((leftpad > seqlens).any()):
         raise ValueError("cache_leftpad: expected at most cache_seqlens in every row")
     if block_table is not None:
-        seqlen_new = 0 if k is None else k.shape[1]
+        seqlen_new = k.shape[1] if k is not None and k.dim() == 4 else 0  # a wrong one is refused below
         block_table = check_pages(block_table, seqlens + seqlen_new, k_cache, tracing)
     elif batch_idx is None and k_cache.shape[0] != batch:
         raise ValueError(
@@ -233,6 +234,8 @@ def _cache_seqlens(given: int | Tensor | None, q: Tensor, capacity: int, tracing
         for length in (min(lengths), max(lengths)) if lengths else ():
             check_range("cache_seqlens", length, 0, capacity)
         return given.to(torch.int32).contiguous(), max(lengths, default=0)
+    if not isinstance(given, Integral):
+        raise TypeError(f"cache_seqlens: expected an int or a tensor, got {type(given).__name__}")
     check_range("cache_seqlens", given, 0, capacity)
     return torch.full((batch,), given, dtype=torch.int32, device=q.device), given if batch else 0
 

@@ -185,3 +185,13 @@ def test_the_quick_way_is_the_same_way(dtype, monkeypatch):
     monkeypatch.setenv("FASTATTN_BACKEND", "tpu")
     with pytest.raises(ValueError, match="backend"):
         attention(q, k, v)
+
+
+@pytest.mark.parametrize("widest", [2**31 - 1, 2**63 - 1, 2**70])
+def test_a_window_wider_than_everything(widest):
+    for seqlen_q, seqlen_k in ((1, 90), (70, 90), (90, 70)):
+        q, k, v = (torch.randn(1, n, 2, 32, requires_grad=True) for n in (seqlen_q, seqlen_k, seqlen_k))
+        outs = [attention(q, k, v, window_size=(w, w)) for w in (widest, -1)]
+        assert torch.equal(*outs)
+        grads = [torch.autograd.grad(out.sum(), (q, k, v)) for out in outs]
+        assert all(torch.equal(a, b) for a, b in zip(*grads))

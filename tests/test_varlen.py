@@ -87,6 +87,25 @@ def test_paged_keys(backend):
     assert torch.equal(found, expected)
 
 
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("page_size", [3, 64])
+def test_bias_and_mask_of_pages(backend, page_size):
+    """They are as long as the longest sequence, whatever room the pages have."""
+    q, k, v, cu_q, cu_k, max_q, max_k = packed((5, 1, 9), (20, 7, 13), torch.float32)
+    k_pages, v_pages = (torch.zeros(30, page_size, 2, 24) for _ in range(2))
+    table = torch.arange(30, dtype=torch.int32).view(3, 10)
+    for b in range(3):
+        rows = slice(cu_k[b], cu_k[b + 1])
+        for pages, x in ((k_pages, k), (v_pages, v)):
+            pages.view(3, -1, 2, 24)[b, : rows.stop - rows.start] = x[rows]
+    call = {"attn_bias": torch.randn(3, 1, max_q, max_k), "attn_mask": torch.rand(max_q, max_k) < 0.8}
+    found = attention_varlen(
+        q, k_pages, v_pages, cu_q, cu_k, max_q, max_k, block_table=table, backend=backend, **call
+    )
+    expected = attention_varlen(q, k, v, cu_q, cu_k, max_q, max_k, backend=backend, **call)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+
+
 def test_errors():
     q, k, v, cu_q, cu_k, max_q, max_k = packed((5, 3), (4, 4), torch.float32)
     int32 = lambda *x: torch.tensor(x, dtype=torch.int32)  # noqa: E731

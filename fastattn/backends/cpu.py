@@ -238,9 +238,9 @@ class _Modifiers:
 
 def _keys(args: AttentionArgs) -> int:
     """The keys of the longest sequence, or room for them."""
-    if args.block_table is not None:
-        return args.block_table.shape[1] * args.k.shape[1]
-    return args.max_seqlen_k if args.cu_seqlens_k is not None else args.k.shape[1]
+    if args.cu_seqlens_q is not None:
+        return args.max_seqlen_k
+    return args.k.shape[1] if args.block_table is None else args.block_table.shape[1] * args.k.shape[1]
 
 
 def _call(

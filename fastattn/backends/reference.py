@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from fastattn.backends.reference_dropout import dropout_keep
 from fastattn.backends.reference_sampling import sample
@@ -140,6 +141,8 @@ def _dense(args: AttentionArgs) -> _Dense:
         index, used_k = _key_rows(
             args.k, batch, args.seqlens_k, args.k_leftpad, args.cache_batch_idx, args.block_table
         )
+        if args.cu_seqlens_q is not None:  # pages, which may have more or less room than max_seqlen_k
+            index = pad(index, (0, args.max_seqlen_k - index.shape[1]))
     k, v = (
         _take(x.flatten(0, 1).to(compute) * (1.0 if s is None else s.flatten(0, 1)[..., None]), index, used_k)
         for x, s in ((args.k, args.k_scale), (args.v, args.v_scale))
