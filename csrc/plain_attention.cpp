@@ -129,8 +129,8 @@ PyObject* make_out(PyObject* q, const DLTensor& view, int64_t headdim_v) {
 bool fill(const DLTensor& q, const DLTensor& k, const DLTensor& v, PyObject* scale, AttentionParams* p) {
   const int64_t nheads = q.shape[2], nheads_k = k.shape[2], headdim = q.shape[3], headdim_v = v.shape[3];
   if (k.shape[0] != q.shape[0] || v.shape[0] != q.shape[0] || k.shape[1] != v.shape[1] || v.shape[2] != nheads_k ||
-      nheads_k == 0 || nheads == 0 || nheads % nheads_k != 0 || k.shape[3] != headdim || headdim < 1 || headdim > kMaxHeaddim ||
-      headdim_v < 1 || headdim_v > kMaxHeaddim)
+      nheads_k == 0 || nheads == 0 || nheads % nheads_k != 0 || k.shape[3] != headdim || headdim < 1 ||
+      headdim > kMaxHeaddim || headdim_v < 1 || headdim_v > kMaxHeaddim)
     return false;
   p->q = tensor_view(q);
   p->kv.k = tensor_view(k);

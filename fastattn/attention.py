@@ -17,7 +17,13 @@ from torch import Tensor
 
 from fastattn import ops
 from fastattn.args import AttentionArgs
-from fastattn.attention_checks import check_modifiers, check_qkv, checked_scale, checked_window
+from fastattn.attention_checks import (
+    check_modifiers,
+    check_qkv,
+    checked_causal,
+    checked_scale,
+    checked_window,
+)
 from fastattn.backends.cpu import plain_attention
 
 
@@ -83,14 +89,12 @@ def attention(
     if torch.is_autocast_enabled("cpu"):
         q, k, v, attn_bias = ops.autocast(q, k, v, attn_bias)
     check_qkv(q, k, v)
-    if type(causal) is not bool:
-        raise TypeError(f"causal: expected a bool, got {type(causal).__name__}")
     args = AttentionArgs(
         q=q,
         k=k,
         v=v,
         softmax_scale=checked_scale(softmax_scale, q.shape[3]),
-        causal=causal,
+        causal=checked_causal(causal),
         window_size=checked_window(window_size),
         softcap=softcap,
         alibi_slopes=alibi_slopes,

@@ -68,7 +68,7 @@ def check_modifiers(args: AttentionArgs) -> None:
     seqlen_q = args.max_seqlen_q if packed else args.q.shape[1]
     seqlen_k = args.max_seqlen_k if packed else args.k.shape[1]
     scores = (batch, nheads, seqlen_q, seqlen_k)
-    check_range("softcap", args.softcap, 0.0, math.inf)
+    check_range("softcap", args.softcap, 0.0, 1e30)  # beyond, float32 has no room for its square
     check_range("dropout_p", args.dropout_p, 0.0, 1.0)
     if args.softcap > 0 and args.dropout_p > 0:
         raise ValueError(f"softcap: expected 0 together with dropout_p={args.dropout_p}, got {args.softcap}")
@@ -110,3 +110,10 @@ def checked_window(window_size: tuple[int, int]) -> tuple[int, int]:
         raise ValueError(f"window_size: expected (left, right) with values >= -1, got {window_size}")
     left, right = window_size
     return min(left, _WIDEST), min(right, _WIDEST)
+
+
+def checked_causal(causal: bool) -> bool:
+    """True or False and nothing else: a mask passed by mistake would be true."""
+    if type(causal) is not bool:
+        raise TypeError(f"causal: expected a bool, got {type(causal).__name__}")
+    return causal

@@ -11,7 +11,13 @@ from torch import Tensor
 
 from fastattn import ops
 from fastattn.args import AttentionArgs, KVAppendArgs
-from fastattn.attention_checks import check_modifiers, check_qkv, checked_scale, checked_window
+from fastattn.attention_checks import (
+    check_modifiers,
+    check_qkv,
+    checked_causal,
+    checked_scale,
+    checked_window,
+)
 from fastattn.checks import Shapes, check_dtype, check_like, check_pages, check_range
 
 
@@ -101,7 +107,7 @@ def attention_with_kvcache(
         k=k_cache,
         v=v_cache,
         softmax_scale=checked_scale(softmax_scale, q.shape[3]),
-        causal=causal,
+        causal=checked_causal(causal),
         window_size=window,
         softcap=softcap,
         alibi_slopes=alibi_slopes,

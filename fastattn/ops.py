@@ -240,30 +240,28 @@ def _setup_double(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...])
 
 
 def _double_backward(ctx: Any, *given: Tensor) -> tuple[Any, ...]:
-    """Through the definition: the gradients of the gradients as plain PyTorch computes them.
+    """Through the definition: the gradients of the gradients as plain PyTorch computes them, to any order.
 
-    ``out`` and ``lse`` are functions of the other inputs, so their own derivative is in those of q, k and v.
+    ``out`` and ``lse`` are functions of the other inputs, so their own derivative is in those of q, k and v. Each
+    input counts by itself, though dout may come from q: torch.func's levels keep them apart and history goes on.
     """
     dout, dlse, _, _, *tensors = ctx.saved_tensors
     args, _ = _args((*tensors, *ctx.numbers))
     names = [n for n in _DIFFERENTIABLE if getattr(args, n) is not None]
-    with torch.enable_grad():
-        leaves = {n: getattr(args, n).detach().requires_grad_() for n in names}
-        up = [x.detach().requires_grad_() for x in (dout, dlse)]
-        out, lse = reference.attention(replace(args, **leaves))
-        assert lse is not None
-        first = torch.autograd.grad(
-            (out, lse), list(leaves.values()), up, create_graph=True, allow_unused=True
-        )
-        index = {"q": 0, "k": 1, "v": 2, "attn_bias": 3, "sinks": 4}
-        pairs = [
-            (grad, given[index[name]])
-            for name, grad in zip(names, first)
-            if grad is not None and grad.requires_grad and (name != "attn_bias" or ctx.needs_dbias)
-        ]
-        inputs = [*leaves.values(), *up]
-        second = torch.autograd.grad([g for g, _ in pairs], inputs, [x for _, x in pairs], allow_unused=True)
-    found = dict(zip([*names, "dout", "dlse"], second))
+
+    def forward(*leaves: Tensor) -> tuple[Tensor, Tensor | None]:
+        given_leaves: dict[str, Any] = dict(zip(names, leaves))
+        return reference.attention(replace(args, **given_leaves))
+
+    def first(dout: Tensor, dlse: Tensor, *leaves: Tensor) -> Any:
+        return torch.func.vjp(forward, *leaves)[1]((dout, dlse))
+
+    leaves = [getattr(args, n) for n in names]
+    up = dict(zip(_DIFFERENTIABLE, given))
+    if args.attn_bias is not None and not ctx.needs_dbias:
+        up["attn_bias"] = torch.zeros_like(args.attn_bias)
+    second = torch.func.vjp(first, dout, dlse, *leaves)[1](tuple(up[n] for n in names))
+    found = dict(zip(["dout", "dlse", *names], second))
     head = (found["dout"], found["dlse"], None, None, None)
     return (*head, *(found.get(name) for name in _TENSORS), *(None for _ in ctx.numbers))
 

@@ -9,7 +9,13 @@ from torch import Tensor
 
 from fastattn import ops
 from fastattn.args import AttentionArgs
-from fastattn.attention_checks import check_modifiers, check_qkv, checked_scale, checked_window
+from fastattn.attention_checks import (
+    check_modifiers,
+    check_qkv,
+    checked_causal,
+    checked_scale,
+    checked_window,
+)
 from fastattn.checks import Shapes, check_dtype, check_pages, check_range
 
 
@@ -86,7 +92,7 @@ def attention_varlen(
         k=keys,
         v=values,
         softmax_scale=checked_scale(softmax_scale, q.shape[2]),
-        causal=bool(causal),
+        causal=checked_causal(causal),
         window_size=checked_window(window_size),
         softcap=softcap,
         alibi_slopes=alibi_slopes,

@@ -47,17 +47,16 @@ def kept_of(q, k, p, state, backend="cpu"):
     return torch.cat(out, -1).transpose(1, 2) != 0  # (batch, nheads, seqlen_q, seqlen_k)
 
 
-@pytest.mark.parametrize("backend", ["cpu", "reference"])
 @pytest.mark.parametrize(
-    "shape", [(1, 1, 1, 1, 1), (2, 4, 2, 5, 130), (1, 8, 1, 3, 67), (1, 2, 2, 300, 300), (3, 6, 2, 97, 1030)]
+    "shape", [(1, 1, 1, 1, 1), (2, 4, 2, 5, 130), (1, 8, 1, 3, 67), (1, 2, 2, 300, 300), (2, 4, 2, 33, 520)]
 )
-def test_the_mask_is_the_one_defined(isa, shape, backend):
+def test_the_mask_is_the_one_defined(isa, shape):
     batch, nheads, nheads_k, seqlen_q, seqlen_k = shape
     q, k = torch.randn(batch, seqlen_q, nheads, 8), torch.randn(batch, seqlen_k, nheads_k, 8)
     for p, state in ((0.1, [0, 0]), (0.6, [-5, 2**40 + 3])):
         state = torch.tensor(state)
         expected = keep_oracle(state, batch, nheads, seqlen_q, seqlen_k, p)
-        assert torch.equal(kept_of(q, k, p, state, backend), expected)
+        assert torch.equal(kept_of(q, k, p, state), expected)
         assert torch.equal(dropout_keep(state, batch, nheads, seqlen_q, seqlen_k, p), expected)
 
 

@@ -38,7 +38,7 @@ ATTENTION = [
     ({"window_size": (1, 2, 3)}, ValueError, "window_size: expected (left, right)"),
     ({"window_size": (1.5, None)}, ValueError, "window_size: expected (left, right)"),
     ({"q": q[:, :, :0]}, ValueError, "q: expected at least 1 head, got 0"),
-    ({"softcap": -1.0}, ValueError, "softcap: expected a value in [0.0, inf], got -1.0"),
+    ({"softcap": -1.0}, ValueError, "softcap: expected a value in [0.0, 1e+30], got -1.0"),
     ({"dropout_p": 1.5}, ValueError, "dropout_p: expected a value in [0.0, 1.0], got 1.5"),
     ({"softcap": 1.0, "dropout_p": 0.5}, ValueError, "softcap: expected 0 together with dropout_p=0.5, got 1.0"),
     ({"attn_bias": torch.zeros(3, 77)}, ValueError, "attn_bias: expected a shape that broadcasts to (2, 8, 5, 77), got (3, 77)"),

@@ -10,9 +10,9 @@
 namespace fastattn {
 
 struct CpuFeatures {
-  bool avx2 = false;         // AVX2, FMA and F16C, and the OS saves ymm
-  bool avx512 = false;       // AVX-512 F, BW, DQ and VL, and the OS saves zmm and masks
-  bool avx512_bf16 = false;  // the above and AVX512-BF16
+  bool avx2 = false;           // AVX2, FMA and F16C, and the OS saves ymm
+  bool avx512 = false;         // AVX-512 F, BW, DQ and VL, and the OS saves zmm and masks
+  bool avx512_bf16 = false;    // the above and AVX512-BF16
   bool fast_bf16_dot = false;  // vdpbf16ps as often as an FMA: AMD's cores, not Intel's, which have AMX for that
 };
 

@@ -22,11 +22,15 @@ void copy_row(const From* source, To* out, int64_t dim) {
 template <class Vec, class Real, class To>
 void store_row(const Real* source, To* out, float* scale, int64_t dim) {
   if constexpr (sizeof(To) == 1) {
-    float top = 0;
-    for (int64_t d = 0; d < dim; ++d) top = source[d] > top ? source[d] : -source[d] > top ? -source[d] : top;
-    *scale = top / 127;
-    const float steps = top > 0 ? 127 / top : 0;
-    for (int64_t d = 0; d < dim; ++d) out[d] = static_cast<int8_t>(__builtin_rintf(source[d] * steps));
+    float top = 0, wrong = 0;  // NaN as soon as an element is not finite: so is the scale, and then what is attended
+    for (int64_t d = 0; d < dim; ++d) {
+      top = source[d] > top ? source[d] : -source[d] > top ? -source[d] : top;
+      wrong += source[d] * 0;
+    }
+    const bool usable = wrong == 0 && top > 1e-36f;  // 127 / top must be finite
+    *scale = usable ? top / 127 : wrong;
+    const float steps = usable ? 127 / top : 0;
+    for (int64_t d = 0; d < dim; ++d) out[d] = usable ? static_cast<int8_t>(__builtin_rintf(source[d] * steps)) : 0;
   } else {
     copy_row<Vec>(source, out, dim);
   }

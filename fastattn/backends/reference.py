@@ -88,7 +88,8 @@ def attention(args: AttentionArgs) -> tuple[Tensor, Tensor | None]:
     # Rows that see nothing have lse = -inf; what is subtracted there must be finite, in the gradient too.
     empty = (columns == -math.inf).all(dim=-1, keepdim=True)  # (batch, nheads, seqlen_q, 1)
     lse = torch.logsumexp(columns.masked_fill(empty, 0.0), dim=-1, keepdim=True)
-    probs = torch.exp(scores.masked_fill(empty, 0.0) - lse).masked_fill(empty | ~visible, 0.0)
+    probs = torch.softmax(columns.masked_fill(empty, 0.0), dim=-1)[..., : scores.shape[3]]
+    probs = probs.masked_fill(empty | ~visible, 0.0)
     lse = lse.masked_fill(empty, -math.inf).squeeze(-1)  # (batch, nheads, seqlen_q)
     if args.dropout_p > 0 and args.rng_state is not None:
         keep = dropout_keep(args.rng_state, batch, nheads, seqlen_q, scores.shape[3], args.dropout_p)

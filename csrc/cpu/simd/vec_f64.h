@@ -84,7 +84,8 @@ struct VecF64 {
     const VecF64 magic = set1(0x1.8p52);
     return (x + magic) - magic;
   }
-  // x = n + r with an integral n and |r| <= 1/2; what is so small that exp2 makes zero of it, -inf too, counts as -1100.
+  // x = n + r with an integral n and |r| <= 1/2; what is so small that exp2 makes zero of it, -inf too, counts as
+  // -1100.
   static void split(VecF64 x, VecF64* n, VecF64* r) {
     x = max(set1(-1100), x);  // -inf - round(-inf) would be NaN; a NaN passes through
     *n = round(x);
