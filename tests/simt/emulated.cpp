@@ -1,0 +1,34 @@
+// The CUDA kernels and their launches, compiled for the emulator; and what tests ask of it: plain C, for ctypes.
+#include "cuda/launch.cu"
+
+extern "C" {
+
+// A fresh machine. seed 0: threads and blocks in order. landing: 0 at the wait, 1 at issue, 2 anywhere between.
+void simt_reset(uint64_t seed, int landing) {
+  simt::machine.random_state = seed * 2654435761u + 88172645463325252ull;
+  simt::machine.shuffled = seed != 0;
+  simt::machine.landing = static_cast<simt::Landing>(landing);
+  for (long& count : simt::machine.faults) count = 0;
+  simt::machine.report.clear();
+  simt::machine.mmas = simt::machine.switches = 0;
+  simt::global.clear();
+  simt::banks.clear();
+}
+
+// A tensor that kernels may read, or read and write.
+void simt_allow(const void* data, size_t bytes, int writable) { simt::global.add(data, bytes, writable != 0); }
+
+void simt_faults(long* counts) {
+  for (int i = 0; i < simt::kFaults; ++i) counts[i] = simt::machine.faults[i];
+}
+const char* simt_report() { return simt::machine.report.c_str(); }
+
+// The worst access site's cycles per phase, 1 = no bank conflict; and all sites, "file:line factor".
+double simt_bank_factor() { return simt::banks.worst(); }
+const char* simt_bank_table() {
+  static std::string text;
+  text = simt::banks.table();
+  return text.c_str();
+}
+long simt_mmas() { return simt::machine.mmas; }
+}
