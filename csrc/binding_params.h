@@ -99,5 +99,28 @@ void fill_lse(const py::tuple& lse, AttentionParams* p) {
   p->lse_stride_head = item<int64_t>(lse, 2);
 }
 
+// (q, q_out, k, v, k_cache, v_cache, kv, rotary_cos, rotary_sin, sizes, interleaved, q_per_row, dtype, kv_dtype,
+// nthreads)
+KVAppendParams append_params(const py::tuple& call) {
+  KVAppendParams p{};
+  int i = 0;
+  for (TensorView* tensor : {&p.q, &p.q_out, &p.k, &p.v, &p.kv.k, &p.kv.v})
+    *tensor = view(call[static_cast<size_t>(i++)]);
+  fill_kv(call[6], &p.kv);
+  p.rotary_cos = pointer<const float>(item<uintptr_t>(call, 7));
+  p.rotary_sin = pointer<const float>(item<uintptr_t>(call, 8));
+  const py::tuple sizes = call[9];
+  i = 0;
+  for (int64_t* size :
+       {&p.batch, &p.seqlen_q, &p.seqlen_new, &p.nheads, &p.nheads_k, &p.headdim, &p.headdim_v, &p.half_rotary})
+    *size = item<int64_t>(sizes, i++);
+  p.interleaved = item<bool>(call, 10);
+  p.q_per_row = item<bool>(call, 11);
+  p.dtype = static_cast<DType>(item<int>(call, 12));
+  p.kv.dtype = static_cast<DType>(item<int>(call, 13));
+  p.nthreads = item<int>(call, 14);
+  return p;
+}
+
 }  // namespace
 }  // namespace fastattn

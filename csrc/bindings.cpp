@@ -38,29 +38,8 @@ void attention_backward(const py::tuple& call, const py::tuple& out, const py::t
   kernels().attention_backward(p);
 }
 
-void append_kv(const py::tuple& q, const py::tuple& q_out, const py::tuple& k, const py::tuple& v,
-               const py::tuple& k_cache, const py::tuple& v_cache, const py::tuple& kv, uintptr_t rotary_cos,
-               uintptr_t rotary_sin, const py::tuple& sizes, bool interleaved, bool q_per_row, int dtype, int kv_dtype,
-               int nthreads) {
-  KVAppendParams p{};
-  p.q = view(q);
-  p.q_out = view(q_out);
-  p.k = view(k);
-  p.v = view(v);
-  p.kv.k = view(k_cache);
-  p.kv.v = view(v_cache);
-  p.kv.dtype = static_cast<DType>(kv_dtype);
-  fill_kv(kv, &p.kv);
-  p.rotary_cos = pointer<const float>(rotary_cos);
-  p.rotary_sin = pointer<const float>(rotary_sin);
-  int i = 0;
-  for (int64_t* size :
-       {&p.batch, &p.seqlen_q, &p.seqlen_new, &p.nheads, &p.nheads_k, &p.headdim, &p.headdim_v, &p.half_rotary})
-    *size = item<int64_t>(sizes, i++);
-  p.interleaved = interleaved;
-  p.q_per_row = q_per_row;
-  p.dtype = static_cast<DType>(dtype);
-  p.nthreads = nthreads;
+void append_kv(const py::tuple& call) {
+  const KVAppendParams p = append_params(call);
   py::gil_scoped_release release;
   kernels().append_kv(p);
 }

@@ -32,6 +32,16 @@ void attention_forward(const py::tuple& call, const py::tuple& out, const py::tu
   check("attention_forward", error);
 }
 
+void append_kv(const py::tuple& call, uintptr_t stream) {
+  const KVAppendParams p = append_params(call);
+  int error;
+  {
+    py::gil_scoped_release release;
+    error = cuda_append_kv(p, pointer<void>(stream));
+  }
+  check("append_kv", error);
+}
+
 }  // namespace
 }  // namespace fastattn
 
@@ -41,4 +51,5 @@ PYBIND11_MODULE(_cuda, m) {
   m.def("architectures", &cuda_architectures, "What the kernels were compiled for, as nvcc names it.");
   m.def("plan_splits", &plan, "(splits, padded_rows) of a call: the partial results that it needs room for.");
   m.def("attention_forward", &attention_forward);
+  m.def("append_kv", &append_kv);
 }

@@ -130,3 +130,38 @@ def keys_call(args: AttentionArgs | KVAppendArgs, k: Tensor, seqlens: Tensor | N
         k.shape[1],
         *scales,
     )
+
+
+class AppendCall:
+    """An append as the kernels read it; keeps the converted tensors alive."""
+
+    def __init__(self, args: KVAppendArgs) -> None:
+        q = unit_stride(args.q)
+        batch, seqlen_q, nheads, headdim = q.shape
+        nheads_k, headdim_v = args.v_cache.shape[2:]
+        # Without new tokens k and v stand in with zero rows.
+        k = q[:, :0] if args.k is None else unit_stride(args.k)
+        v = q[:, :0] if args.v is None else unit_stride(args.v)
+        cos = None if args.rotary_cos is None else args.rotary_cos.float().contiguous()
+        sin = None if args.rotary_sin is None else args.rotary_sin.float().contiguous()
+        half_rotary = 0 if cos is None else cos.shape[1]
+        self.q_out = q if cos is None else torch.empty_like(q, memory_format=torch.contiguous_format)
+        self.seqlens = args.cache_seqlens if args.k is None else args.cache_seqlens + k.shape[1]
+        self.tensors = (q, k, v, cos, sin)
+        self.call = (
+            view(q),
+            view(self.q_out),
+            view(k),
+            view(v),
+            view(args.k_cache),
+            view(args.v_cache),
+            keys_call(args, args.k_cache, args.cache_seqlens),
+            address(cos),
+            address(sin),
+            (batch, seqlen_q, k.shape[1], nheads, nheads_k, headdim, headdim_v, half_rotary),
+            args.rotary_interleaved,
+            args.rotary_per_row,
+            DTYPES[q.dtype],
+            DTYPES[args.k_cache.dtype],
+            torch.get_num_threads(),
+        )

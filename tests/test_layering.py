@@ -131,7 +131,7 @@ def test_kernels_include_no_framework_and_no_standard_library():
             continue
         text = path.read_text()
         assert "torch" not in re.sub(r"//.*", "", text) or path.name in bindings, path
-        assert ("pybind11" in text) == (path.name in bindings), path
+        assert ("pybind11" not in text) or path.name in bindings, path
         if path.name in hosts:
             continue
         system = set(re.findall(r"#include <([^>]+)>", text))

@@ -1,10 +1,10 @@
 // Attention forward on tensor cores, sm_80 and later: FlashAttention-2 (Dao, arXiv 2307.08691) over tiles of keys.
 //
 // A block of 4 warps owns kRows rows of one KV head (queries times its GQA group) and walks the keys they see from the
-// last tile to the first. Each warp owns its rows: scores and probabilities never leave registers, and the tensor core's
-// result layout of S is its operand layout of P. K and V arrive by cp.async in a ring of stages, one barrier a tile.
-// Tiles that all rows see whole take the loop without masks; scores stay unscaled until one FMA folds scale and maximum
-// into the exponent.
+// last tile to the first. Each warp owns its rows: scores and probabilities never leave registers, and the tensor
+// core's result layout of S is its operand layout of P. K and V arrive by cp.async in a ring of stages, one barrier a
+// tile. Tiles that all rows see whole take the loop without masks; scores stay unscaled until one FMA folds scale and
+// maximum into the exponent.
 #pragma once
 
 #include "cuda/score_modifiers.cuh"
@@ -16,8 +16,9 @@ namespace {
 struct ForwardParams {
   AttentionParams attention;
   CopySteps k_steps, v_steps;
-  int row_blocks;      // of the longest sequence
-  float* partial_out;  // (splits, batch, nheads_k, rows, headdim_v) of row_blocks * kRows rows; null = keys are not split
+  int row_blocks;  // of the longest sequence
+  float*
+      partial_out;  // (splits, batch, nheads_k, rows, headdim_v) of row_blocks * kRows rows; null = keys are not split
   float* partial_lse;  // (splits, batch, nheads_k, rows), in units of log2
 };
 
@@ -91,19 +92,28 @@ class ForwardBlock {
     int stage = 0;
     bool fresh = true;
     const auto advance = [&] { stage = stage + 1 == Traits::kStages ? 0 : stage + 1; };
-    for (; tile >= first_tile_ && (tile >= open_last || fresh); --tile, advance()) {
-      arrive(tile, stage);
-      if (fresh) load_queries();
-      fresh = false;
-      step<true>(tile, stage);
-    }
-    for (; tile >= first_tile_ && tile >= open_first; --tile, advance()) {
-      arrive(tile, stage);
-      step<false>(tile, stage);
-    }
-    for (; tile >= first_tile_; --tile, advance()) {
-      arrive(tile, stage);
-      step<true>(tile, stage);
+    if constexpr (Policy::kModify) {  // every tile has work of its own: one loop, and masks where they are needed
+      for (; tile >= first_tile_; --tile, advance()) {
+        arrive(tile, stage);
+        if (fresh) load_queries();
+        fresh = false;
+        step<true>(tile, stage, tile >= open_last || tile < open_first);
+      }
+    } else {
+      for (; tile >= first_tile_ && (tile >= open_last || fresh); --tile, advance()) {
+        arrive(tile, stage);
+        if (fresh) load_queries();
+        fresh = false;
+        step<true>(tile, stage, true);
+      }
+      for (; tile >= first_tile_ && tile >= open_first; --tile, advance()) {
+        arrive(tile, stage);
+        step<false>(tile, stage, false);
+      }
+      for (; tile >= first_tile_; --tile, advance()) {
+        arrive(tile, stage);
+        step<true>(tile, stage, true);
+      }
     }
     cp_async_wait<0>();
   }
@@ -140,14 +150,15 @@ class ForwardBlock {
     }
   }
 
-  template <bool masked>
-  FASTATTN_DEVICE void step(int tile, int stage) {
+  // `may_mask`: whether there is code for masks; `masked`: whether this tile needs them.
+  template <bool may_mask>
+  FASTATTN_DEVICE void step(int tile, int stage, bool masked) {
     float scores[Traits::kRowTiles][Traits::kKeys / 8][4];  // (rows, keys)
     multiply_keys(scores, k_tile(stage));
     const LanePlace at(first_row_ + warp_row_, tile * Traits::kKeys);
     if constexpr (Policy::kModify) modify_scores<Traits>(scores, p_, sequence_, at);
-    if constexpr (masked) hide_invisible<Traits>(scores, sequence_, at, split_begin_, split_end_);
-    soften<masked || Policy::kModify>(scores);
+    if (may_mask && masked) hide_invisible<Traits>(scores, sequence_, at, split_begin_, split_end_);
+    soften<may_mask>(scores);
     if constexpr (Policy::kDropout) drop_probabilities<Traits>(scores, p_, sequence_, at);
     multiply_values(scores, k_tile(stage) + Traits::kTileBytes);
   }

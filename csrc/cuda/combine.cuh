@@ -29,8 +29,7 @@ combine_splits(FASTATTN_GRID_CONSTANT CombineParams params) {
     return partial_place(p, split, sequence.batch, sequence.head_k) * params.padded_rows + row;
   };
   float top = -kInfinity, sink = -kInfinity;
-  if (p.sinks)
-    sink = load_global(static_cast<const float*>(p.sinks) + sequence.head(row)) * static_cast<float>(kLog2e);
+  if (p.sinks) sink = load_global(static_cast<const float*>(p.sinks) + sequence.head(row)) * static_cast<float>(kLog2e);
   top = sink;
   for (int split = 0; split < splits; ++split)
     top = maximum(top, load_global(params.forward.partial_lse + index(split)));
@@ -52,9 +51,9 @@ combine_splits(FASTATTN_GRID_CONSTANT CombineParams params) {
   uint32_t bytes[4];
 #pragma unroll
   for (int i = 0; i < 4; ++i) bytes[i] = pack2<T>(out[2 * i] * factor, out[2 * i + 1] * factor);
-  store_global16(row_pointer<T>(p.out, sequence.q_row, sequence.q_first + sequence.query(row), sequence.head(row)) +
-                     chunk * 8,
-                 bytes);
+  store_global16(
+      row_pointer<T>(p.out, sequence.q_row, sequence.q_first + sequence.query(row), sequence.head(row)) + chunk * 8,
+      bytes);
   if (chunk == 0 && p.lse) {
     float* lse = static_cast<float*>(p.lse) + sequence.q_row * p.lse_stride_batch +
                  sequence.head(row) * p.lse_stride_head + sequence.q_first + sequence.query(row);

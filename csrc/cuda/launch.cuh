@@ -54,22 +54,28 @@ int launch_headdim(const AttentionParams& p, const SplitPlan& plan, float* parti
                   : launch(Wide{}, Policy<false, false, false, false>{});
 }
 
-// The headdims that there are kernels for; others are padded to the next within the kernel. A build for tests may have
-// fewer.
-#ifndef FASTATTN_CUDA_HEADDIMS
-#define FASTATTN_CUDA_HEADDIMS 32, 64, 96, 128, 192, 256
+// The dtypes that there are kernels for. A build may ask for fewer.
+#ifndef FASTATTN_CUDA_TYPES
+#define FASTATTN_CUDA_TYPES f16_t, bf16_t
 #endif
+constexpr int kNoKernel = 1;  // cudaErrorInvalidValue
 
-template <class T, int kDim, int... kLarger>
-int launch_fitting(const AttentionParams& p, const SplitPlan& plan, float* partial_out, float* partial_lse,
-                   void* stream) {
-  if (p.headdim <= kDim && p.headdim_v <= kDim)
+template <int kDim, class T, class... Others>
+int launch_dtype(const AttentionParams& p, const SplitPlan& plan, float* partial_out, float* partial_lse,
+                 void* stream) {
+  if (p.dtype == (is_bf16<T> ? DType::bf16 : DType::f16))
     return launch_headdim<T, kDim>(p, plan, partial_out, partial_lse, stream);
-  if constexpr (sizeof...(kLarger) > 0)
-    return launch_fitting<T, kLarger...>(p, plan, partial_out, partial_lse, stream);
+  if constexpr (sizeof...(Others) > 0)
+    return launch_dtype<kDim, Others...>(p, plan, partial_out, partial_lse, stream);
   else
-    return 1;  // cudaErrorInvalidValue
+    return kNoKernel;
 }
 
 }  // namespace
+
+// One translation unit each, forward.cu: they take minutes, and so they take them side by side.
+template <int kDim>
+int forward_headdim(const AttentionParams& p, const SplitPlan& plan, float* partial_out, float* partial_lse,
+                    void* stream);
+
 }  // namespace fastattn

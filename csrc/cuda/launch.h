@@ -20,4 +20,7 @@ SplitPlan plan_splits(const AttentionParams& p);
 // are multiples of 16 bytes; alibi_slopes and sinks are float. Returns a cudaError_t.
 int cuda_attention_forward(const AttentionParams& p, float* partial_out, float* partial_lse, void* stream);
 
+// All of one 16-bit dtype; kv.seqlens says where each sequence of the cache ends. Returns a cudaError_t.
+int cuda_append_kv(const KVAppendParams& p, void* stream);
+
 }  // namespace fastattn

@@ -168,8 +168,10 @@ int launch_kernel(void (*kernel)(Params), int threads, const Launch& at, const P
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, at.shared_bytes);
     if (error != cudaSuccess) return static_cast<int>(error);
   }
-  kernel<<<dim3(at.blocks_x, at.blocks_y), static_cast<unsigned>(threads), static_cast<size_t>(at.shared_bytes), at.stream>>>(params);
-  return static_cast<int>(cudaGetLastError());
+  void* arguments[] = {const_cast<Params*>(&params)};
+  return static_cast<int>(cudaLaunchKernel(reinterpret_cast<const void*>(kernel), dim3(at.blocks_x, at.blocks_y),
+                                           dim3(static_cast<unsigned>(threads)), arguments,
+                                           static_cast<size_t>(at.shared_bytes), at.stream));
 }
 
 }  // namespace

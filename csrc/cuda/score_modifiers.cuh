@@ -71,10 +71,9 @@ FASTATTN_DEVICE void modify_scores(ScoreTile<Traits>& scores, const AttentionPar
       const int row = at.row + 16 * m + 8 * half;
       const bool exists = row < sequence.rows();
       const int query = sequence.query(exists ? row : 0), head = sequence.head(exists ? row : 0);
-      const float slope =
-          p.alibi_slopes ? log2e * load_global(static_cast<const float*>(p.alibi_slopes) +
-                                               sequence.batch * p.alibi_stride_batch + head)
-                         : 0.0f;
+      const float slope = p.alibi_slopes ? log2e * load_global(static_cast<const float*>(p.alibi_slopes) +
+                                                               sequence.batch * p.alibi_stride_batch + head)
+                                         : 0.0f;
 #pragma unroll
       for (int n = 0; n < Traits::kKeys / 8; ++n)
 #pragma unroll

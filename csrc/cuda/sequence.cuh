@@ -19,8 +19,9 @@ FASTATTN_DEVICE int narrow_window(int64_t keys) {
 // are neighbours, so one pass over K and V serves the whole GQA group.
 struct Sequence {
   int batch, head_k, group;
-  int q_row, q_first, seqlen_q;    // row and first token in q, out and lse
-  int kv_row, kv_first, seqlen_k;  // row and first token in k and v; of pages the first token counts from the first page
+  int q_row, q_first, seqlen_q;  // row and first token in q, out and lse
+  int kv_row, kv_first,
+      seqlen_k;  // row and first token in k and v; of pages the first token counts from the first page
   const int64_t &window_left, &window_right;
 
   FASTATTN_DEVICE Sequence(const AttentionParams& p, int b, int h)

@@ -103,8 +103,8 @@ FASTATTN_DEVICE void copy_queries(uint32_t tile, const AttentionParams& p, const
   for (int r = 0; r < Traits::kRows; r += Traits::kCopyRows) {
     const bool exists = first + row + r < sequence.rows();
     const int at = exists ? first + row + r : first;
-    const uint16_t* source = row_pointer<const uint16_t>(p.q, sequence.q_row, sequence.q_first + sequence.query(at),
-                                                         sequence.head(at));
+    const uint16_t* source =
+        row_pointer<const uint16_t>(p.q, sequence.q_row, sequence.q_first + sequence.query(at), sequence.head(at));
 #pragma unroll
     for (int c = 0; c < Traits::kChunks; c += Traits::kRowLanes) {
       const bool wanted = exists && chunk + c < p.headdim / 8;

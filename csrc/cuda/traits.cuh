@@ -22,8 +22,8 @@ constexpr int kWarps = 4, kThreads = 32 * kWarps;
 constexpr int kPanelBytes = 64;  // a row of a panel: 4 chunks of 16 bytes
 
 // A tile lies as panels of 32 columns, 64 bytes a row, two rows to the 128 bytes that are all banks. The chunks of a
-// row are permuted by its pair's number, and odd panels swap the rows of a pair, so that the 8 rows of an 8x8 matrix, and
-// the 8 neighbouring chunks of a row, both fall into different banks.
+// row are permuted by its pair's number, and odd panels swap the rows of a pair, so that the 8 rows of an 8x8 matrix,
+// and the 8 neighbouring chunks of a row, both fall into different banks.
 template <int kTileRows>
 FASTATTN_DEVICE uint32_t chunk_offset(int row, int chunk) {
   const int panel = chunk / 4;
@@ -49,13 +49,13 @@ struct Traits {
   static constexpr int kWarpRows = 16 * kRowTiles, kRows = kWarps * kWarpRows;
   static constexpr int kKeys = kDim <= 64 ? 64 : 32;
   static constexpr int kStages = 2;
-  static constexpr int kChunks = kDim / 8;                       // of 16 bytes in a row
-  static constexpr int kRowLanes = kDim % 64 == 0 ? 8 : 4;       // threads that copy one row
-  static constexpr int kCopyRows = kThreads / kRowLanes;         // rows that all threads copy at once
-  static constexpr int kCopyColumns = kChunks / kRowLanes;       // copies of a thread in one row
+  static constexpr int kChunks = kDim / 8;                  // of 16 bytes in a row
+  static constexpr int kRowLanes = kDim % 64 == 0 ? 8 : 4;  // threads that copy one row
+  static constexpr int kCopyRows = kThreads / kRowLanes;    // rows that all threads copy at once
+  static constexpr int kCopyColumns = kChunks / kRowLanes;  // copies of a thread in one row
   static constexpr uint32_t kQueryBytes = kRows * kDim * 2, kTileBytes = kKeys * kDim * 2;
   static constexpr int kSharedBytes = static_cast<int>(kQueryBytes + kStages * 2 * kTileBytes);
-  static constexpr bool kQueryInRegisters = kDim <= 64;  // else its fragments are read again for every tile
+  static constexpr bool kQueryInRegisters = kDim * kRowTiles <= 64;  // else its fragments are read again for every tile
 };
 
 }  // namespace

@@ -12,10 +12,10 @@ from torch import Tensor
 from fastattn.backends.cpu_gradients import bias_gradient, bias_sums, broadcast_strides, sinks_gradient
 from fastattn.calls import (
     DTYPES,
+    AppendCall,
     Modifiers,
     address,
     attention_call,
-    keys_call,
     scores_shape,
     statistics,
     unit_stride,
@@ -161,43 +161,9 @@ def attention_backward(
 
 def append_kv(args: KVAppendArgs) -> tuple[Tensor, Tensor]:
     """Write the new (rotated) k and v at ``cache_seqlens``; returns rotated q and the new lengths (batch,)."""
-    q = unit_stride(args.q)
-    batch, seqlen_q, nheads, headdim = q.shape
-    nheads_k, headdim_v = args.v_cache.shape[2:]
-    # Without new tokens k and v stand in with zero rows.
-    k = q[:, :0] if args.k is None else unit_stride(args.k)
-    v = q[:, :0] if args.v is None else unit_stride(args.v)
-    cos = None if args.rotary_cos is None else args.rotary_cos.float().contiguous()
-    sin = None if args.rotary_sin is None else args.rotary_sin.float().contiguous()
-    q_out = q if cos is None else torch.empty_like(q, memory_format=torch.contiguous_format)
-    sizes = (
-        batch,
-        seqlen_q,
-        k.shape[1],
-        nheads,
-        nheads_k,
-        headdim,
-        headdim_v,
-        0 if cos is None else cos.shape[1],
-    )
-    _C.append_kv(
-        view(q),
-        view(q_out),
-        view(k),
-        view(v),
-        view(args.k_cache),
-        view(args.v_cache),
-        keys_call(args, args.k_cache, args.cache_seqlens),
-        address(cos),
-        address(sin),
-        sizes,
-        args.rotary_interleaved,
-        args.rotary_per_row,
-        DTYPES[q.dtype],
-        DTYPES[args.k_cache.dtype],
-        torch.get_num_threads(),
-    )
-    return q_out, args.cache_seqlens if args.k is None else args.cache_seqlens + k.shape[1]
+    append = AppendCall(args)
+    _C.append_kv(append.call)
+    return append.q_out, append.seqlens
 
 
 class PackedWeights(NamedTuple):

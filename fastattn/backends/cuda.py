@@ -102,6 +102,14 @@ def attention(args: AttentionArgs) -> tuple[Tensor, Tensor | None]:
     return out if out.shape[3] == headdim_v else out[..., :headdim_v].contiguous(), lse
 
 
+def append_kv(args: KVAppendArgs) -> tuple[Tensor, Tensor]:
+    """Write the new (rotated) k and v at ``cache_seqlens``; returns rotated q and the new lengths (batch,)."""
+    append = calls.AppendCall(args)
+    with _on_device(args.q):
+        _cuda.append_kv(append.call, _stream(args.q))
+    return append.q_out, append.seqlens
+
+
 def _on_device(x: Tensor) -> torch.cuda.device:
     return torch.cuda.device(x.device)
 

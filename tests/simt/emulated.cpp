@@ -1,5 +1,14 @@
-// The CUDA kernels and their launches, compiled for the emulator; and what tests ask of it: plain C, for ctypes.
+// The launches of csrc/cuda, compiled for the emulator; its switch between fibers; and what tests ask of it: plain C,
+// for ctypes.
 #include "cuda/launch.cu"
+
+#ifdef __x86_64__
+asm(".globl simt_switch\n"
+    "simt_switch:\n"
+    "push %rbp\npush %rbx\npush %r12\npush %r13\npush %r14\npush %r15\n"
+    "mov %rsp,(%rdi)\nmov %rsi,%rsp\n"
+    "pop %r15\npop %r14\npop %r13\npop %r12\npop %rbx\npop %rbp\nret\n");
+#endif
 
 extern "C" {
 

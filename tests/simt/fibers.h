@@ -63,10 +63,10 @@ struct Fiber {
 #endif
   int thread = 0;
   bool ready = false, done = false;
-  Site site{};                    // of the barrier at which it waits
-  std::vector<Copy> copies;       // issued, not yet waited for, oldest first
-  std::vector<size_t> groups;     // how many of `copies` each committed group holds
-  size_t ungrouped = 0;           // the youngest of `copies` that belong to no group yet
+  Site site{};                 // of the barrier at which it waits
+  std::vector<Copy> copies;    // issued, not yet waited for, oldest first
+  std::vector<size_t> groups;  // how many of `copies` each committed group holds
+  size_t ungrouped = 0;        // the youngest of `copies` that belong to no group yet
 };
 
 struct Warp {
@@ -143,12 +143,7 @@ class Machine {
 inline Machine machine;
 
 #ifdef __x86_64__
-extern "C" void simt_switch(void** save, void* load);
-asm(".globl simt_switch\n"
-    "simt_switch:\n"
-    "push %rbp\npush %rbx\npush %r12\npush %r13\npush %r14\npush %r15\n"
-    "mov %rsp,(%rdi)\nmov %rsi,%rsp\n"
-    "pop %r15\npop %r14\npop %r13\npop %r12\npop %rbx\npop %rbp\nret\n");
+extern "C" void simt_switch(void** save, void* load);  // emulated.cpp
 
 inline void Machine::to_scheduler() {
   ++switches;

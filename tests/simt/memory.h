@@ -1,9 +1,9 @@
 // The memories of the emulated machine, and who may touch what when.
 //
-// Every access of a kernel comes through here. Shared memory has a shadow per 4-byte word, written global memory one per
-// 2 bytes: the last writer and the readers since, in epochs of the block's barriers and of each warp's. Two accesses of
-// which one writes are ordered only by a barrier between them; that the schedule at hand did not show the race does not
-// matter.
+// Every access of a kernel comes through here. Shared memory has a shadow per 4-byte word, written global memory one
+// per 2 bytes: the last writer and the readers since, in epochs of the block's barriers and of each warp's. Two
+// accesses of which one writes are ordered only by a barrier between them; that the schedule at hand did not show the
+// race does not matter.
 #pragma once
 
 #include <cstring>
@@ -84,7 +84,8 @@ class SharedMemory {
     for (uint32_t i = 0; i < bytes; i += 4) {
       Word& word = words_[(address - base + i) / 4];
       if (word.flight != History::kNobody) machine.fault(kInFlight, "read of a copy in flight", site);
-      if (word.history.writer == History::kNobody) machine.fault(kUninitialised, "read of shared memory never written", site);
+      if (word.history.writer == History::kNobody)
+        machine.fault(kUninitialised, "read of shared memory never written", site);
       if (!word.history.read()) machine.fault(kSharedRace, "shared read races with a write", site);
     }
     memcpy(out, &bytes_[address - base], bytes);
@@ -207,7 +208,8 @@ class GlobalMemory {
 
 inline GlobalMemory global;
 
-// Bank conflicts by site. A warp's lanes come one by one: the n-th access of a lane at a site belongs to the warp's n-th.
+// Bank conflicts by site. A warp's lanes come one by one: the n-th access of a lane at a site belongs to the warp's
+// n-th.
 class BankCounter {
  public:
   void clear() { sites_.clear(); }
@@ -247,7 +249,8 @@ class BankCounter {
 
   double worst() const {
     double factor = 1;
-    for (const auto& [key, c] : sites_) factor = std::max(factor, static_cast<double>(c.cycles) / static_cast<double>(c.phases));
+    for (const auto& [key, c] : sites_)
+      factor = std::max(factor, static_cast<double>(c.cycles) / static_cast<double>(c.phases));
     return factor;
   }
   std::string table() const {

@@ -232,12 +232,13 @@ struct Launch {
 template <class Params>
 int launch_kernel(void (*kernel)(Params), int threads, const Launch& at, const Params& params) {
   simt::global.begin_launch();
-  simt::machine.launch({at.blocks_x, at.blocks_y, 1}, threads, [&] { kernel(params); },
-                       [&] {
-                         simt::shared.reset(static_cast<size_t>(at.shared_bytes));
-                         simt::banks.reset_block();
-                       },
-                       [] {});
+  simt::machine.launch(
+      {at.blocks_x, at.blocks_y, 1}, threads, [&] { kernel(params); },
+      [&] {
+        simt::shared.reset(static_cast<size_t>(at.shared_bytes));
+        simt::banks.reset_block();
+      },
+      [] {});
   return 0;
 }
 
