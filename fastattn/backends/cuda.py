@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING
 
 import torch
@@ -28,6 +29,7 @@ _DTYPES = (torch.float16, torch.bfloat16)
 _CHUNK = 8  # elements that one copy moves: 16 bytes
 
 
+@functools.cache  # every call asks
 def unavailable() -> str | None:
     """None if the module imports and a GPU is there, else the reason."""
     if _cuda is None:

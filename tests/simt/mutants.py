@@ -117,6 +117,10 @@ MUTANTS = [
     mutant("dropout in the denominator", FORWARD, "    soften<may_mask>(scores);\n",
            "    if constexpr (Policy::kDropout) drop_probabilities<Traits>(scores, p_, sequence_, at);\n"
            "    soften<may_mask>(scores);\n"),
+    mutant("rotary turns the wrong way", "kv_append.cuh", "second ? partner * sin", "second ? -partner * sin"),
+    mutant("rotary position counts the left padding", "kv_append.cuh", "position = end - first +", "position = end +"),
+    mutant("appended one place late", "kv_append.cuh", "end + row, head)", "end + row + 1, head)"),
+    mutant("warps past the last row go on", "kv_append.cuh", "  if (is_value && place >= append_key_rows(p)) return;\n", ""),
 ]  # fmt: skip
 
 # One of each kind, which every run plants; the others are marked slow.
@@ -125,6 +129,7 @@ CORE = {
     "barrier under a thread condition", "swapped fragments of V", "accumulator not scaled down", "stale maximum",
     "a boundary tile counts as open", "off by one at the end of a split", "keys beyond the sequence are copied",
     "columns past headdim not zeroed", "the page of the token before", "lost swizzle", "causal edge off by one",
+    "appended one place late",
 }  # fmt: skip
 
 

@@ -9,7 +9,7 @@ from oracles import attention64
 from simt.emulator import Emulator
 from torch import Tensor
 
-from fastattn.args import AttentionArgs
+from fastattn.args import AttentionArgs, KVAppendArgs
 from fastattn.backends import reference
 
 HALF = torch.float16
@@ -90,6 +90,26 @@ def complaints(emulator: Emulator) -> set[str]:
         first, *others = results
         if not all(torch.equal(a, b) for other in others for a, b in zip(first, other)):
             seen.add("schedule")
+    return seen | _append_complaints(emulator)
+
+
+def _append_complaints(emulator: Emulator) -> set[str]:
+    q, k, v = _tensors(1, 3, 3, 2, 1, 64)
+    angle = torch.rand(60, 32) * 6
+    call = {"rotary_cos": angle.cos(), "rotary_sin": angle.sin(), "rotary_interleaved": False}
+    call |= {"cache_seqlens": torch.tensor([50]).int(), "k_leftpad": torch.tensor([5]).int()}
+    caches = [torch.randn(1, 53, 1, 64).to(HALF) for _ in range(4)]
+    caches[2:] = [x.clone() for x in caches[:2]]
+    found, wanted = (
+        KVAppendArgs(q=q, k=k, v=v, k_cache=caches[i], v_cache=caches[i + 1], **call)  # type: ignore[arg-type]
+        for i in (0, 2)
+    )
+    turned, _ = emulator.append_kv(found)
+    expected, _ = reference.append_kv(wanted)
+    seen = set(emulator.faults())
+    for x, y in ((turned, expected), (found.k_cache, wanted.k_cache), (found.v_cache, wanted.v_cache)):
+        if not _close(x, y.double(), 4e-3):
+            seen.add("values")
     return seen
 
 
