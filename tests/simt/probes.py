@@ -94,7 +94,7 @@ def complaints(emulator: Emulator) -> set[str]:
 
 
 def _append_complaints(emulator: Emulator) -> set[str]:
-    q, k, v = _tensors(1, 3, 3, 2, 1, 64)
+    q, k, v = _tensors(1, 3, 3, 3, 1, 64)  # 15 rows: one warp has none
     angle = torch.rand(60, 32) * 6
     call = {"rotary_cos": angle.cos(), "rotary_sin": angle.sin(), "rotary_interleaved": False}
     call |= {"cache_seqlens": torch.tensor([50]).int(), "k_leftpad": torch.tensor([5]).int()}
