@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from tree import ROOT
 
 from fastattn import available_backends, calls
 from fastattn.backends import cuda
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
+sys.path.insert(0, str(ROOT / "benchmarks"))
 import gpu_static
 
 MAX_INSTRUCTIONS_PER_HMMA = 6.0  # FlashAttention-2's own kernels: 5.3 to 6.3
@@ -76,3 +78,10 @@ def test_it_says_why_it_is_off():
     call = (view, view, view, sizes, 1.0, -1, -1, calls.DTYPES[cuda._DTYPES[0]], 2, 1, 0, None, None)
     with pytest.raises(RuntimeError, match=r"attention_forward: .*(driver|device)"):
         cuda._cuda.attention_forward(call, view, (0, 0, 0), 0, 0, 0)
+
+
+def test_the_switch_of_the_build():
+    done = subprocess.run([sys.executable, "setup.py", "--name"], env={**os.environ, "FASTATTN_CUDA": "maybe"}, cwd=ROOT,
+                          capture_output=True, text=True)  # fmt: skip
+    assert done.returncode != 0
+    assert "FASTATTN_CUDA: expected auto, on or off, got 'maybe'" in done.stderr
