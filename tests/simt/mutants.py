@@ -120,7 +120,6 @@ MUTANTS = [
     mutant("rotary turns the wrong way", "kv_append.cuh", "second ? partner * sin", "second ? -partner * sin"),
     mutant("rotary position counts the left padding", "kv_append.cuh", "position = end - first +", "position = end +"),
     mutant("appended one place late", "kv_append.cuh", "end + row, head)", "end + row + 1, head)"),
-    mutant("warps past the last row go on", "kv_append.cuh", "  if (is_value && place >= append_key_rows(p)) return;\n", ""),
 ]  # fmt: skip
 
 # One of each kind, which every run plants; the others are marked slow.
