@@ -49,6 +49,8 @@ _DTYPES = {
     torch.float64: 3,
     torch.int8: 4,
 }  # csrc/params.h, DType
+_LOGITS_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_ATTENTION_DTYPES = (*_LOGITS_DTYPES, torch.float64)
 _MAX_VOCAB = 1 << 22  # csrc/params.h, kMaxVocab
 _SAMPLING_ERRORS = {1: "has NaN", 2: "has +inf", 3: "has no finite logit"}  # csrc/params.h, SamplingError
 
@@ -86,9 +88,10 @@ def supports(args: AttentionArgs | KVAppendArgs | SamplingArgs) -> str | None:
     tensor = args.subject
     if tensor.device.type != "cpu":
         return f"lacks device '{tensor.device.type}'"
-    if tensor.dtype not in _DTYPES:
+    are_logits = tensor.dim() == 2
+    if tensor.dtype not in (_LOGITS_DTYPES if are_logits else _ATTENTION_DTYPES):
         return f"lacks dtype '{str(tensor.dtype).removeprefix('torch.')}'"
-    if tensor.dim() == 2 and tensor.shape[1] > _MAX_VOCAB:  # logits
+    if are_logits and tensor.shape[1] > _MAX_VOCAB:
         return f"lacks vocabularies above {_MAX_VOCAB}"
     features = args.features()
     lacking = sorted(features - FEATURES)
