@@ -75,7 +75,7 @@ def attention(
     """
     if (
         plain_attention is not None
-        and backend == "auto"
+        and backend in ("auto", "cpu")
         and attn_bias is attn_mask is alibi_slopes is sinks is None
         and softcap == dropout_p == 0.0
         and window_size == (-1, -1)

@@ -6,6 +6,7 @@
 #pragma once
 
 #include "cpu/attention_common.h"
+#include "cpu/prefetch.h"
 #include "cpu/tile_gemm.h"
 
 namespace fastattn {
@@ -39,6 +40,30 @@ inline void pack_block(const KVHead& x, int64_t first_key, int keys, Real* tile,
   for (int64_t i = keys * ld; i < kBlockK * ld; i += Vec::kLanes) Vec::zero().store(tile + i);
 }
 
+// Fetches the rows of a block of keys into L2 while the one before is at work: rows of a head lie far apart, pages apart
+// where there are many heads, which hardware prefetchers do not foresee.
+class BlockAhead {
+ public:
+  // `steps`: how often step() will be called before the rows are needed.
+  template <class Real>
+  void start(const KVHead& x, int64_t first_key, int keys, int64_t steps) {
+    visit_kv_storage<Real>(x.kv.dtype, [&](auto tag) {
+      using T = typename decltype(tag)::type;
+      const KeyRows<const T> rows(x.view, x.kv, x.span, x.head);
+      for (int key = 0; key < keys; ++key) rows_[key] = reinterpret_cast<const char*>(rows[first_key + key]);
+      const int64_t bytes = x.dim * static_cast<int64_t>(sizeof(T));
+      lines_ = ceil_div(keys * (ceil_div(bytes, 64) + 1), steps);
+      ahead_ = Prefetch(rows_, keys, bytes);
+    });
+  }
+  void step() { ahead_.lines(lines_); }
+
+ private:
+  const char* rows_[kBlockK];
+  int64_t lines_ = 0;
+  Prefetch ahead_;
+};
+
 // The same in words of two, as bf16 dot products take them.
 template <class Vec>
 inline void pack_words(const KVHead& x, int64_t first_key, int keys, float* tile, int64_t ld) {
@@ -58,7 +83,8 @@ class ForwardTile {
 
   // Rows per work item: enough to amortise packing K and V, few enough to leave Q, O and a K/V tile in L2.
   static int64_t max_rows(const AttentionParams& p) {
-    const int64_t dim = at_least(p.headdim, p.headdim_v), target = dim <= 128 ? 192 : dim <= 256 ? 96 : 48;
+    const int64_t dim = at_least(p.headdim, p.headdim_v);
+    const int64_t target = dim <= 64 ? 288 : dim <= 128 ? 192 : dim <= 256 ? 96 : 48;
     return round_up(target, kStrip);
   }
 
@@ -91,6 +117,9 @@ class ForwardTile {
       const int keys = static_cast<int>(at_most(kBlockK, end - key));
       bool packed = false;
       const int64_t vecs = layout_.ldr / Vec::kLanes, strips = ceil_div(vecs, kStripVecs);
+      const int next_keys = static_cast<int>(at_least(0, at_most(kBlockK, end - key - kBlockK)));
+      k_ahead_.template start<Real>(k_head_, key + kBlockK, next_keys, strips * kBlockK);
+      v_ahead_.template start<Real>(v_head_, key + kBlockK, next_keys, strips * kBlockK);
       for (int64_t strip = 0; strip < strips; ++strip) {  // of equal size, give or take a vector
         const int64_t first = strip * vecs / strips, last = (strip + 1) * vecs / strips;
         strip_of(static_cast<int>(last - first), first * Vec::kLanes, key, keys, &packed);
@@ -257,13 +286,16 @@ class ForwardTile {
       sum[i] = Vec::load(sum_() + row + i * kLanes) * scale[i];
       top[i].store(running);
     }
-    for (int j = 0; j < kBlockK; ++j)
+    for (int j = 0; j < kBlockK; ++j) {
+      k_ahead_.step();
+      v_ahead_.step();
       for (int i = 0; i < kVecs; ++i) {
         Real* at = scores + j * kStrip + i * kLanes;
         const Vec prob = exp2(Vec::load(at) - shift[i]);
         sum[i] = sum[i] + prob;
         prob.store(at);
       }
+    }
     for (int i = 0; i < kVecs; ++i) sum[i].store(sum_() + row + i * kLanes);
     if (dropout_.on()) dropout_.apply_tile(scores, kStrip, row, kVecs, key, keys);
     value_tile<kVecs>(row, scale);
@@ -363,6 +395,7 @@ class ForwardTile {
   const ScoreModifiers<Vec> modifiers_;
   const Dropout<Vec> dropout_;
   const KVHead k_head_, v_head_;
+  BlockAhead k_ahead_, v_ahead_;
 };
 
 }  // namespace
