@@ -49,6 +49,7 @@ _DTYPES = {
     torch.float64: 3,
     torch.int8: 4,
 }  # csrc/params.h, DType
+_BIAS_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _MAX_VOCAB = 1 << 22  # csrc/params.h, kMaxVocab
 _SAMPLING_ERRORS = {1: "has NaN", 2: "has +inf", 3: "has no finite logit"}  # csrc/params.h, SamplingError
 
@@ -215,8 +216,8 @@ class _Modifiers:
         sinks = None if args.sinks is None else args.sinks.to(compute).contiguous()
         bias, mask = args.attn_bias, args.attn_mask
         if bias is not None:
-            # Kernels read the 16-bit floats as they are; everything else becomes what they compute in.
-            if compute == torch.float64 or bias.dtype not in _DTYPES:
+            # Kernels read float32 and the 16-bit floats as they are; everything else becomes what they compute in.
+            if compute == torch.float64 or bias.dtype not in _BIAS_DTYPES:
                 bias = bias.to(compute)
             bias = bias.expand(shape)
         if mask is not None:
