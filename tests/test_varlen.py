@@ -125,6 +125,12 @@ def test_errors():
                 "max_seqlen_k": max_k, **change}  # fmt: skip
         with pytest.raises(ValueError, match=message):
             attention_varlen(**call)
+    with pytest.raises(
+        ValueError, match="cu_seqlens_k: expected the device of the other tensors, cpu, got meta"
+    ):
+        attention_varlen(q, k, v, cu_q, cu_k.to("meta"), max_q, max_k)
+    with pytest.raises(TypeError, match="max_seqlen_k: expected an int, got float"):
+        attention_varlen(q, k, v, cu_q, cu_k, max_q, float(max_k))
     with pytest.raises(TypeError, match="cu_seqlens_q: expected dtype int32, got int64"):
         attention_varlen(q, k, v, cu_q.long(), cu_k, max_q, max_k)
 
