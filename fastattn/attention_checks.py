@@ -110,7 +110,7 @@ def checked_scale(softmax_scale: float | None, headdim: int) -> float:
         return 1.0 / math.sqrt(headdim)
     if not isinstance(softmax_scale, Real):
         raise TypeError(f"softmax_scale: expected a number, got {type(softmax_scale).__name__}")
-    if not math.isfinite(softmax_scale):
+    if not -math.inf < softmax_scale < math.inf:  # no function of math: torch.compile may hold a symbol
         raise ValueError(f"softmax_scale: expected a finite number, got {softmax_scale}")
     return float(softmax_scale)
 
