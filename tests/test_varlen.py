@@ -165,6 +165,10 @@ def test_merging_nothing_and_gradients():
     assert dead.grad.isfinite().all()
     for args, message in (
         (([], []), "outs: expected at least one part"),
+        (
+            ([outs[0], outs[0][:, :1]], lses[:2]),
+            r"outs: expected parts of one shape, got \[\(1, 2, 3, 4\), \(1, 1, 3, 4\)\]",
+        ),
         (([outs[0]], [lses[0].transpose(1, 2)]), r"lses: expected \(1, 1, 3, 2\)"),
         ((torch.zeros(2, 3), torch.zeros(2)), "outs: expected parts of 3"),
     ):

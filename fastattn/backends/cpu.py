@@ -219,7 +219,7 @@ class _Modifiers:
             # Kernels read float32 and the 16-bit floats as they are; everything else becomes what they compute in.
             if compute == torch.float64 or bias.dtype not in _BIAS_DTYPES:
                 bias = bias.to(compute)
-            bias = bias.expand(shape)
+            bias = bias.resolve_neg().expand(shape)
         if mask is not None:
             mask = mask.expand(shape)
         seed, offset = (0, 0) if args.rng_state is None else args.rng_state.tolist()
