@@ -102,7 +102,7 @@ def attention(
         attn_mask=attn_mask,
         sinks=sinks,
         dropout_p=dropout_p,
-        rng_state=ops.checked_rng_state(dropout_p, rng_state),
+        rng_state=ops.checked_rng_state(dropout_p, rng_state, q.device),
         return_lse=return_lse,
         needs_grad=ops.needs_grad(q, k, v, attn_bias, sinks),
     )

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fastattn.args import AttentionArgs, KVAppendArgs
 from fastattn.backends import reference, resolve
-from fastattn.checks import Shapes, check_dtype
+from fastattn.checks import Shapes, check_dtype, check_range, check_tensor
 
 _LIBRARY = torch.library.Library("fastattn", "DEF")  # type: ignore[no-untyped-call]
 _PLAIN = (Tensor, torch.nn.Parameter)
@@ -101,13 +101,14 @@ def autocast(*tensors: Any) -> tuple[Any, ...]:
     dtype = torch.get_autocast_dtype("cpu")
     eligible = (torch.float32, torch.bfloat16, torch.float16)
     return tuple(
-        x if x is None or x.dtype not in eligible or x.device.type != "cpu" else x.to(dtype) for x in tensors
+        x if not isinstance(x, Tensor) or x.dtype not in eligible or x.device.type != "cpu" else x.to(dtype)
+        for x in tensors
     )
 
 
 def needs_grad(*tensors: Tensor | None) -> bool:
     """Whether autograd wants to hear of a call with these."""
-    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+    return torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in tensors)
 
 
 def new_rng_state() -> Tensor:
@@ -115,9 +116,11 @@ def new_rng_state() -> Tensor:
     return torch.randint(0, 2**63 - 1, (2,), dtype=torch.int64)
 
 
-def checked_rng_state(dropout_p: float, given: Tensor | None) -> Tensor | None:
-    """The state that a call with this dropout uses."""
+def checked_rng_state(dropout_p: float, given: Tensor | None, device: torch.device) -> Tensor | None:
+    """The state that a call with this dropout uses, both checked."""
+    check_range("dropout_p", dropout_p, 0.0, 1.0)
     if given is not None:
+        check_tensor("rng_state", given, device)
         Shapes().match("rng_state", given, "seed_and_offset")
         check_dtype("rng_state", given, (torch.int64,))
         if given.shape[0] != 2:

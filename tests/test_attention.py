@@ -133,6 +133,13 @@ def test_bits_do_not_depend_on_the_other_queries(isa, dtype, group):
     assert torch.equal(one, whole[:, 1029:1030])
 
 
+def test_a_bias_that_is_a_negative_view():
+    q, k, v = make(5, 9, 4, 2, 24, torch.float32)
+    bias = torch.randn(5, 9, dtype=torch.complex64).conj().imag  # the sign is a flag, not in memory
+    assert bias.is_neg()
+    assert torch.equal(attention(q, k, v, attn_bias=bias), attention(q, k, v, attn_bias=bias.clone()))
+
+
 def test_rows_without_keys(isa):
     q, k, v = make(9, 4, 4, 2, 33, torch.float32)
     out, lse = attention(q, k, v, causal=True, return_lse=True, backend="cpu")

@@ -49,8 +49,8 @@ _DTYPES = {
     torch.float64: 3,
     torch.int8: 4,
 }  # csrc/params.h, DType
-_LOGITS_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_ATTENTION_DTYPES = (*_LOGITS_DTYPES, torch.float64)
+_FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # what kernels that compute in float read
+_ATTENTION_DTYPES = (*_FLOAT_DTYPES, torch.float64)
 _MAX_VOCAB = 1 << 22  # csrc/params.h, kMaxVocab
 _SAMPLING_ERRORS = {1: "has NaN", 2: "has +inf", 3: "has no finite logit"}  # csrc/params.h, SamplingError
 
@@ -89,7 +89,7 @@ def supports(args: AttentionArgs | KVAppendArgs | SamplingArgs) -> str | None:
     if tensor.device.type != "cpu":
         return f"lacks device '{tensor.device.type}'"
     are_logits = tensor.dim() == 2
-    if tensor.dtype not in (_LOGITS_DTYPES if are_logits else _ATTENTION_DTYPES):
+    if tensor.dtype not in (_FLOAT_DTYPES if are_logits else _ATTENTION_DTYPES):
         return f"lacks dtype '{str(tensor.dtype).removeprefix('torch.')}'"
     if are_logits and tensor.shape[1] > _MAX_VOCAB:
         return f"lacks vocabularies above {_MAX_VOCAB}"
@@ -218,10 +218,10 @@ class _Modifiers:
         sinks = None if args.sinks is None else args.sinks.to(compute).contiguous()
         bias, mask = args.attn_bias, args.attn_mask
         if bias is not None:
-            # Kernels read the 16-bit floats as they are; everything else becomes what they compute in.
-            if compute == torch.float64 or bias.dtype not in _DTYPES:
+            # Kernels read float32 and the 16-bit floats as they are; everything else becomes what they compute in.
+            if compute == torch.float64 or bias.dtype not in _FLOAT_DTYPES:
                 bias = bias.to(compute)
-            bias = bias.expand(shape)
+            bias = bias.resolve_neg().expand(shape)
         if mask is not None:
             mask = mask.expand(shape)
         seed, offset = (0, 0) if args.rng_state is None else args.rng_state.tolist()
