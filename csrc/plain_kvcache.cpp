@@ -39,8 +39,10 @@ struct Lengths {
         (batch > 1 && t.strides[0] != 1) || (t.dtype.bits != 32 && t.dtype.bits != 64))
       return false;
     for (int64_t i = 0; i < batch; ++i)
-      if (!put(i, t.dtype.bits == 32 ? static_cast<const int32_t*>(data_of(t))[i]
-                                     : static_cast<const int64_t*>(data_of(t))[i], capacity))
+      if (!put(i,
+               t.dtype.bits == 32 ? static_cast<const int32_t*>(data_of(t))[i]
+                                  : static_cast<const int64_t*>(data_of(t))[i],
+               capacity))
         return false;
     return true;
   }
@@ -83,7 +85,8 @@ bool fill_append(PyObject* const* args, const AttentionParams& p, int64_t longes
   a->interleaved = args[kInterleaved] == Py_True;
   a->q = p.q;
   a->kv = p.kv;
-  if ((args[kK] == Py_None) != (args[kV] == Py_None) || (args[kCos] == Py_None) != (args[kSin] == Py_None)) return false;
+  if ((args[kK] == Py_None) != (args[kV] == Py_None) || (args[kCos] == Py_None) != (args[kSin] == Py_None))
+    return false;
   if (args[kK] != Py_None) {
     DLTensor k, v;
     DType k_dtype, v_dtype;
@@ -118,8 +121,7 @@ PyObject* step(PyObject* const* args) {
   Lengths lengths;
   if (!view_of(args[kQ], &q, &p.dtype) || !view_of(args[kKCache], &k_cache, &p.kv.dtype) ||
       !view_of(args[kVCache], &v_cache, &v_dtype) || p.dtype != p.kv.dtype || p.dtype != v_dtype ||
-      (k_cache.strides[3] != 1 || v_cache.strides[3] != 1) ||
-      !fill_attention(q, k_cache, v_cache, args[kScale], &p))
+      (k_cache.strides[3] != 1 || v_cache.strides[3] != 1) || !fill_attention(q, k_cache, v_cache, args[kScale], &p))
     return nullptr;
   const int64_t capacity = p.kv.seqlen;
   p.nthreads = static_cast<int>(PyLong_AsLong(args[kNthreads]));

@@ -16,6 +16,11 @@ def bind_tensor(tensor: type, parameter: type, empty_like: object) -> bool: ...
 def plain_attention(
     q: Tensor, k: Tensor, v: Tensor, causal: bool, softmax_scale: float | None, nthreads: int
 ) -> Tensor | None: ...
+def plain_kvcache(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, k: Tensor | None, v: Tensor | None,
+    cache_seqlens: int | Tensor | None, rotary_cos: Tensor | None, rotary_sin: Tensor | None,
+    rotary_interleaved: bool, causal: bool, softmax_scale: float | None, nthreads: int,
+) -> Tensor | None: ...  # fmt: skip
 def attention_forward(call: _Tuple, out: _View, lse: tuple[int, int, int]) -> None: ...
 def attention_backward(
     call: _Tuple, out: _View, lse: tuple[int, int, int], dout: _View, dlse: int, delta: int, dq: _View, dk: _View,

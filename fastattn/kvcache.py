@@ -18,6 +18,7 @@ from fastattn.attention_checks import (
     checked_scale,
     checked_window,
 )
+from fastattn.backends.cpu import plain_kvcache
 from fastattn.checks import (
     Shapes,
     check_dtype,
@@ -88,6 +89,27 @@ def attention_with_kvcache(
         ValueError, TypeError, NotImplementedError: as ``attention``; the cache is then as it was. While torch.compile
             traces, the values of cache_seqlens, block_table, cache_batch_idx and cache_leftpad are not looked at.
     """
+    if (
+        plain_kvcache is not None
+        and backend in ("auto", "cpu")
+        and block_table
+        is cache_batch_idx
+        is cache_leftpad
+        is k_scale
+        is v_scale
+        is alibi_slopes
+        is sinks
+        is None
+        and softcap == 0.0
+        and num_splits == 0
+        and window_size == (-1, -1)
+        and not return_lse
+        and not ops.is_tracing()
+    ):
+        step = (q, k_cache, v_cache, k, v, cache_seqlens, rotary_cos, rotary_sin, rotary_interleaved)
+        quick = plain_kvcache(*step, causal, softmax_scale, torch.get_num_threads())
+        if quick is not None:
+            return quick
     tracing = ops.is_tracing(q, k_cache, v_cache)
     _check_cache(q, k_cache, v_cache, k_scale, v_scale, paged=block_table is not None)
     check_integer("num_splits", num_splits, 0, math.inf)

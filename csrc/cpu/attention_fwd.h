@@ -40,8 +40,8 @@ inline void pack_block(const KVHead& x, int64_t first_key, int keys, Real* tile,
   for (int64_t i = keys * ld; i < kBlockK * ld; i += Vec::kLanes) Vec::zero().store(tile + i);
 }
 
-// Fetches the rows of a block of keys into L2 while the one before is at work: rows of a head lie far apart, pages apart
-// where there are many heads, which hardware prefetchers do not foresee.
+// Fetches the rows of a block of keys into L2 while the one before is at work: rows of a head lie far apart, pages
+// apart where there are many heads, which hardware prefetchers do not foresee.
 class BlockAhead {
  public:
   // `steps`: how often step() will be called before the rows are needed.

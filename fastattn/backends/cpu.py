@@ -37,10 +37,11 @@ if _C is not None:
     except ValueError as error:
         _ISA_ERROR = str(error)
 
-# The quick way in for plain calls, csrc/plain_attention.cpp: None where there is none, and its answer to other calls.
-plain_attention = None
+# The quick ways in for plain calls, csrc/plain_attention.cpp: None where there are none; None is also what they answer
+# to other calls.
+plain_attention = plain_kvcache = None
 if _C is not None and _ISA_ERROR is None and _C.bind_tensor(Tensor, torch.nn.Parameter, torch.empty_like):
-    plain_attention = _C.plain_attention
+    plain_attention, plain_kvcache = _C.plain_attention, _C.plain_kvcache
 
 _DTYPES = {
     torch.float32: 0,
