@@ -69,13 +69,13 @@ class DecodeRows {
       const int keys = static_cast<int>(at_most(kBlockK, end - key));
       const Granules k(p_.kv.k, p_.kv, sequence_.keys, item_.head_k, key, keys),
           v(p_.kv.v, p_.kv, sequence_.keys, item_.head_k, key, keys);
-      const int next_keys = static_cast<int>(at_least(0, at_most(kGranule, end - key - kBlockK)));
+      const int next_keys = static_cast<int>(at_least(0, at_most(kBlockK, end - key - kBlockK)));
       const Granules next(p_.kv.k, p_.kv, sequence_.keys, item_.head_k, key + kBlockK, next_keys);
+      // A granule fetches the one that comes a block later: those in between are on their way.
       const int64_t k_bytes = ((heads_ - 1) * p_.kv.k.stride_head + p_.headdim) * static_cast<int64_t>(sizeof(T));
       const int64_t v_bytes = ((heads_ - 1) * p_.kv.v.stride_head + p_.headdim_v) * static_cast<int64_t>(sizeof(T));
       for (int from = 0; from < keys; from += kGranule) {
-        const bool last = from + kGranule >= keys;
-        Prefetch ahead = last ? v.prefetch(0, v_bytes) : k.prefetch(from + kGranule, k_bytes);
+        Prefetch ahead = v.prefetch(from, v_bytes);
         for (int64_t h = 0; h < heads_; ++h) scores(h, key, k, from, &ahead);
       }
       Real scale[kMaxAllRows];
@@ -85,8 +85,7 @@ class DecodeRows {
             [&](auto count, int64_t r) { softmax_step<decltype(count)::value>(h, r, key, state, scale + h * rows_); });
       }
       for (int from = 0; from < keys; from += kGranule) {
-        const bool last = from + kGranule >= keys;
-        Prefetch ahead = last ? next.prefetch(0, k_bytes) : v.prefetch(from + kGranule, v_bytes);
+        Prefetch ahead = next.prefetch(from, k_bytes);
         for (int64_t h = 0; h < heads_; ++h)
           values(h, key, v, from, from == 0 ? scale + h * rows_ : nullptr, state, &ahead);
       }
