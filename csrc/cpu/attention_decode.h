@@ -27,6 +27,7 @@ template <class Vec, class T, class Dot>
 class DecodeRows {
  public:
   using Real = typename Vec::Real;
+  static constexpr bool kLooksAhead = false;
   static constexpr int kMaxRows = 8;       // of one head
   static constexpr int kPassRows = 4;      // whose sums stay in registers
   static constexpr int kMaxAllRows = 128;  // of all heads of an item: their scores stay in L1
