@@ -93,57 +93,77 @@ bool is_float(DLDataType t, DType* out) {
   }
 }
 
-// A plain CPU tensor (batch, seqlen, heads, dim) with unit stride along dim, and no gradient wanted.
-bool view_of(PyObject* object, DLTensor* out, DType* dtype) {
+// A tensor by the meaning of its dimensions, whichever way they lie.
+struct Rows {
+  char* data;
+  int64_t batch, seqlen, heads, dim;
+  int64_t stride_batch, stride_seqlen, stride_heads, stride_dim;
+
+  bool has_unit_stride() const { return stride_dim == 1 || dim == 1; }
+  bool is_contiguous() const {  // as (batch, seqlen, heads, dim)
+    return stride_dim == 1 && stride_heads == dim && stride_seqlen == heads * stride_heads &&
+           stride_batch == seqlen * stride_seqlen;
+  }
+  TensorView view() const { return {data, stride_batch, stride_seqlen, stride_heads}; }
+};
+
+// Reads (batch, seqlen, heads, dim), or torch SDPA's (batch, heads, seqlen, dim).
+bool read_rows(PyObject* object, bool heads_first, Rows* out, DType* dtype) {
+  DLTensor t;
+  if (binding().exchange->view(object, &t) != 0) return false;
+  if (t.device.type != kDLCpu || t.ndim != 4 || !is_float(t.dtype, dtype) || !t.strides) return false;
+  const int seqlen = heads_first ? 2 : 1, heads = heads_first ? 1 : 2;
+  *out = {static_cast<char*>(t.data) + t.byte_offset,
+          t.shape[0],
+          t.shape[seqlen],
+          t.shape[heads],
+          t.shape[3],
+          t.strides[0],
+          t.strides[seqlen],
+          t.strides[heads],
+          t.strides[3]};
+  return out->has_unit_stride();
+}
+
+// A plain CPU tensor with unit stride along dim, and no gradient wanted.
+bool rows_of(PyObject* object, bool heads_first, Rows* out, DType* dtype) {
   const Binding& b = binding();
   if (Py_TYPE(object) != b.tensor && Py_TYPE(object) != b.parameter) return false;
   PyObject* wants = PyObject_GetAttr(object, b.requires_grad);
   Py_XDECREF(wants);
-  if (wants != Py_False || b.exchange->view(object, out) != 0) return false;
-  return out->device.type == kDLCpu && out->ndim == 4 && is_float(out->dtype, dtype) && out->strides &&
-         (out->strides[3] == 1 || out->shape[3] == 1);
+  return wants == Py_False && read_rows(object, heads_first, out, dtype);
 }
 
-TensorView tensor_view(const DLTensor& t) {
-  return {static_cast<char*>(t.data) + t.byte_offset, t.strides[0], t.strides[1], t.strides[2]};
-}
-
-bool is_contiguous(const DLTensor& t) {
-  return t.strides[3] == 1 && t.strides[2] == t.shape[3] && t.strides[1] == t.shape[2] * t.strides[2] &&
-         t.strides[0] == t.shape[1] * t.strides[1];
-}
-
-// A fresh contiguous (batch, seqlen_q, nheads, headdim_v).
-PyObject* make_out(PyObject* q, const DLTensor& view, int64_t headdim_v) {
+// A fresh (batch, seqlen_q, nheads, headdim_v), contiguous; heads first it lies in memory as q does, as torch's.
+PyObject* make_out(PyObject* object, const Rows& q, int64_t headdim_v, bool heads_first) {
   const Binding& b = binding();
-  if (headdim_v == view.shape[3] && is_contiguous(view)) return PyObject_CallOneArg(b.empty_like, q);
+  if (headdim_v == q.dim && (heads_first || q.is_contiguous())) return PyObject_CallOneArg(b.empty_like, object);
   PyObject* shape =
-      Py_BuildValue("(LLLL)", static_cast<long long>(view.shape[0]), static_cast<long long>(view.shape[1]),
-                    static_cast<long long>(view.shape[2]), static_cast<long long>(headdim_v));
-  PyObject* out = shape ? PyObject_CallMethodOneArg(q, b.new_empty, shape) : nullptr;
+      Py_BuildValue("(LLLL)", static_cast<long long>(q.batch), static_cast<long long>(heads_first ? q.heads : q.seqlen),
+                    static_cast<long long>(heads_first ? q.seqlen : q.heads), static_cast<long long>(headdim_v));
+  PyObject* out = shape ? PyObject_CallMethodOneArg(object, b.new_empty, shape) : nullptr;
   Py_XDECREF(shape);
   return out;
 }
 
 // Whether q, k, v and the scale make a valid call; then p is filled but for out.
-bool fill(const DLTensor& q, const DLTensor& k, const DLTensor& v, PyObject* scale, AttentionParams* p) {
-  const int64_t nheads = q.shape[2], nheads_k = k.shape[2], headdim = q.shape[3], headdim_v = v.shape[3];
-  if (k.shape[0] != q.shape[0] || v.shape[0] != q.shape[0] || k.shape[1] != v.shape[1] || v.shape[2] != nheads_k ||
-      nheads_k == 0 || nheads == 0 || nheads % nheads_k != 0 || k.shape[3] != headdim || headdim < 1 ||
-      headdim > kMaxHeaddim || headdim_v < 1 || headdim_v > kMaxHeaddim)
+bool fill(const Rows& q, const Rows& k, const Rows& v, PyObject* scale, AttentionParams* p) {
+  if (k.batch != q.batch || v.batch != q.batch || k.seqlen != v.seqlen || v.heads != k.heads || k.heads == 0 ||
+      q.heads == 0 || q.heads % k.heads != 0 || k.dim != q.dim || q.dim < 1 || q.dim > kMaxHeaddim || v.dim < 1 ||
+      v.dim > kMaxHeaddim)
     return false;
-  p->q = tensor_view(q);
-  p->kv.k = tensor_view(k);
-  p->kv.v = tensor_view(v);
-  p->batch = q.shape[0];
-  p->seqlen_q = q.shape[1];
-  p->kv.seqlen = k.shape[1];
-  p->nheads = nheads;
-  p->nheads_k = nheads_k;
-  p->headdim = headdim;
-  p->headdim_v = headdim_v;
+  p->q = q.view();
+  p->kv.k = k.view();
+  p->kv.v = v.view();
+  p->batch = q.batch;
+  p->seqlen_q = q.seqlen;
+  p->kv.seqlen = k.seqlen;
+  p->nheads = q.heads;
+  p->nheads_k = k.heads;
+  p->headdim = q.dim;
+  p->headdim_v = v.dim;
   if (scale == Py_None) {
-    p->softmax_scale = 1.0 / std::sqrt(static_cast<double>(headdim));
+    p->softmax_scale = 1.0 / std::sqrt(static_cast<double>(q.dim));
     return true;
   }
   if (!PyFloat_CheckExact(scale)) return false;
@@ -151,33 +171,58 @@ bool fill(const DLTensor& q, const DLTensor& k, const DLTensor& v, PyObject* sca
   return std::isfinite(p->softmax_scale);
 }
 
-// plain_attention(q, k, v, causal, softmax_scale, nthreads) -> out, or None where this is not for here.
-PyObject* plain_attention(PyObject*, PyObject* const* args, Py_ssize_t n) {
-  if (n != 6) return PyErr_Format(PyExc_TypeError, "plain_attention: expected 6 arguments, got %zd", n);
+// A causal mask with its corner top-left, in terms of one whose corner is bottom-right: with more keys than queries
+// the last keys are seen by nobody, with fewer the last queries see all.
+void align_top_left(AttentionParams* p) {
+  if (p->kv.seqlen > p->seqlen_q) p->kv.seqlen = p->seqlen_q;
+  p->window_right = p->seqlen_q - p->kv.seqlen;
+}
+
+// The call's arguments are q, k, v, causal, softmax_scale and nthreads; None where this is not for here.
+PyObject* run(PyObject* const* args, bool heads_first, bool shares_heads) {
   const char* forced = std::getenv("FASTATTN_BACKEND");
   if (!binding().exchange || (forced && *forced) || !PyBool_Check(args[3])) Py_RETURN_NONE;
   AttentionParams p{};
-  DLTensor q, k, v;
-  if (!view_of(args[0], &q, &p.dtype) || !view_of(args[1], &k, &p.kv.dtype) || p.dtype != p.kv.dtype ||
-      !view_of(args[2], &v, &p.kv.dtype) || p.dtype != p.kv.dtype || !fill(q, k, v, args[4], &p)) {
+  Rows q, k, v, out_rows;
+  DType k_dtype, v_dtype;
+  if (!rows_of(args[0], heads_first, &q, &p.dtype) || !rows_of(args[1], heads_first, &k, &k_dtype) ||
+      !rows_of(args[2], heads_first, &v, &v_dtype) || p.dtype != k_dtype || p.dtype != v_dtype ||
+      !fill(q, k, v, args[4], &p) || !(shares_heads || k.heads == q.heads || k.heads == 1)) {
     PyErr_Clear();
     Py_RETURN_NONE;
   }
-  p.window_left = -1;
-  p.window_right = args[3] == Py_True ? 0 : -1;
-  p.nthreads = static_cast<int>(PyLong_AsLong(args[5]));
-  PyObject* out = make_out(args[0], q, p.headdim_v);
-  if (!out) return nullptr;
-  DLTensor view;
-  if (binding().exchange->view(out, &view) != 0) {
-    Py_DECREF(out);
-    return nullptr;
+  p.kv.dtype = k_dtype;
+  p.window_left = p.window_right = -1;
+  if (args[3] == Py_True) {
+    p.window_right = 0;
+    if (heads_first) align_top_left(&p);
   }
-  p.out = tensor_view(view);
+  p.nthreads = static_cast<int>(PyLong_AsLong(args[5]));
+  PyObject* out = make_out(args[0], q, p.headdim_v, heads_first);
+  if (!out) return nullptr;
+  if (!read_rows(out, heads_first, &out_rows, &v_dtype)) {
+    Py_DECREF(out);
+    PyErr_Clear();
+    Py_RETURN_NONE;
+  }
+  p.out = out_rows.view();
   Py_BEGIN_ALLOW_THREADS;
   kernels().attention_forward(p);
   Py_END_ALLOW_THREADS;
   return out;
+}
+
+// plain_attention(q, k, v, causal, softmax_scale, nthreads) -> out (batch, seqlen_q, nheads, headdim_v) or None.
+PyObject* plain_attention(PyObject*, PyObject* const* args, Py_ssize_t n) {
+  if (n != 6) return PyErr_Format(PyExc_TypeError, "plain_attention: expected 6 arguments, got %zd", n);
+  return run(args, false, true);
+}
+
+// plain_sdpa(q, k, v, is_causal, scale, nthreads, enable_gqa) -> out (batch, nheads, seqlen_q, headdim_v) or None:
+// torch's layout, its causal corner, and heads that are shared by permission only.
+PyObject* plain_sdpa(PyObject*, PyObject* const* args, Py_ssize_t n) {
+  if (n != 7) return PyErr_Format(PyExc_TypeError, "plain_sdpa: expected 7 arguments, got %zd", n);
+  return run(args, true, args[6] == Py_True);
 }
 
 // METH_FASTCALL functions have another signature than the table's field.
@@ -191,6 +236,7 @@ PyCFunction as_method(Fn* fn) {
 PyMethodDef plain_attention_methods[] = {
     {"bind_tensor", as_method(bind_tensor), METH_FASTCALL, nullptr},
     {"plain_attention", as_method(plain_attention), METH_FASTCALL, nullptr},
+    {"plain_sdpa", as_method(plain_sdpa), METH_FASTCALL, nullptr},
     {nullptr, nullptr, 0, nullptr},
 };
 

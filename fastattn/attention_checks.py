@@ -95,12 +95,12 @@ def check_modifiers(args: AttentionArgs) -> None:
         Shapes(nheads=nheads).match("sinks", args.sinks, "nheads")
 
 
-def checked_scale(softmax_scale: float | None, headdim: int) -> float:
+def checked_scale(softmax_scale: float | None, headdim: int, name: str = "softmax_scale") -> float:
     """1 / sqrt(headdim), or the finite number given."""
     if softmax_scale is None:
         return 1.0 / math.sqrt(headdim)
     if not math.isfinite(softmax_scale):
-        raise ValueError(f"softmax_scale: expected a finite number, got {softmax_scale}")
+        raise ValueError(f"{name}: expected a finite number, got {softmax_scale}")
     return float(softmax_scale)
 
 

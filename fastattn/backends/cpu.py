@@ -38,9 +38,9 @@ if _C is not None:
         _ISA_ERROR = str(error)
 
 # The quick way in for plain calls, csrc/plain_attention.cpp: None where there is none, and its answer to other calls.
-plain_attention = None
+plain_attention = plain_sdpa = None
 if _C is not None and _ISA_ERROR is None and _C.bind_tensor(Tensor, torch.nn.Parameter, torch.empty_like):
-    plain_attention = _C.plain_attention
+    plain_attention, plain_sdpa = _C.plain_attention, _C.plain_sdpa
 
 _DTYPES = {
     torch.float32: 0,
