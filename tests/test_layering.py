@@ -29,6 +29,7 @@ FLOORS = {
     "fastattn.sdpa": 6,
     "fastattn.flash_attn": 7,
     "fastattn.nn": 7,
+    "fastattn.integrations": 8,
     "fastattn.sampling": 6,
     "fastattn.linear": 6,
     "fastattn.fused": 6,
