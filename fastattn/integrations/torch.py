@@ -46,7 +46,7 @@ class _Override:
         for key in _KEYS:
             self.library.impl("scaled_dot_product_attention", _sdpa, key)  # type: ignore[no-untyped-call]
         self.forward = torch.nn.MultiheadAttention.forward
-        torch.nn.MultiheadAttention.forward = MultiheadAttention.forward  # type: ignore[method-assign]
+        torch.nn.MultiheadAttention.forward = MultiheadAttention.forward  # type: ignore[method-assign,assignment]
         self.fast_path = torch.backends.mha.get_fastpath_enabled()
         torch.backends.mha.set_fastpath_enabled(False)
         self.cache_tag = _tag_caches(None)
@@ -57,7 +57,7 @@ class _Override:
         if _active is not self:
             return
         _active = None
-        self.library._destroy()
+        self.library._destroy()  # type: ignore[no-untyped-call]
         torch.nn.MultiheadAttention.forward = self.forward  # type: ignore[method-assign]
         torch.backends.mha.set_fastpath_enabled(self.fast_path)
         _tag_caches(self.cache_tag)
@@ -156,7 +156,7 @@ def _sdpa(
 ) -> Tensor:
     """aten::scaled_dot_product_attention."""
     transformed = torch._C._functorch.peek_interpreter_stack() is not None
-    if transformed or not torch.backends.cuda.flash_sdp_enabled():
+    if transformed or not torch.backends.cuda.flash_sdp_enabled():  # type: ignore[no-untyped-call]
         out, _ = torch._scaled_dot_product_attention_math(
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
         )
