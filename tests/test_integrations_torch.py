@@ -207,6 +207,15 @@ def test_torch_s_registry(calls):
         del registry._registry._FLASH_ATTENTION_IMPLS["other"]
 
 
+def test_without_torch_s_registry(calls, monkeypatch):
+    monkeypatch.setattr(switch, "_HAS_REGISTRY", False)
+    with switch.enable():
+        call(*qkv())
+    call(*qkv())
+    assert len(calls) == 1
+    assert not switch.is_enabled()
+
+
 def test_what_stays_torch_s_own(calls):
     q, k, v = qkv()
     expected = call(q, k, v)
