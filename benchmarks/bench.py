@@ -2,8 +2,9 @@
 
     python benchmarks/bench.py attention [--save] [--threads N] [--only KIND,...] [--quick]
     python benchmarks/bench.py generate  [--save] [--threads N]
+    python benchmarks/bench.py models    [--save] [--threads N] [--quick]
 
-``--save`` writes ``benchmarks/results/<what>.json``, from which ``report.py`` makes README's tables and its plot.
+``--save`` writes ``benchmarks/results/<what>.json``, from which ``report.py`` makes the tables and the plot.
 """
 
 from __future__ import annotations
@@ -99,7 +100,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("what", choices=["attention", "generate"])
+    parser.add_argument("what", choices=["attention", "generate", "models"])
     parser.add_argument("--save", action="store_true", help="write benchmarks/results/<what>.json")
     parser.add_argument("--output", type=Path, help="write the JSON there instead")
     parser.add_argument("--threads", type=int, help="default: torch's")
@@ -116,7 +117,12 @@ def main() -> None:
         torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     options = Options(args.backend, args.quick)
-    record = bench_attention(options, only) if args.what == "attention" else bench_generate()
+    if args.what == "models":
+        from model_rows import bench_models  # transformers: only who compares models needs it
+
+        record = bench_models(args.quick)
+    else:
+        record = bench_attention(options, only) if args.what == "attention" else bench_generate()
     if args.output or args.save:
         print("saved", save(args.output or RESULTS / f"{args.what}.json", record))
 

@@ -1,6 +1,6 @@
-"""README's tables and plot from ``benchmarks/results/*.json``: ``python benchmarks/report.py``.
+"""The documents' tables and the plot from ``benchmarks/results/*.json``: ``python benchmarks/report.py``.
 
-``--check`` changes nothing and fails if README or the plot is not what the results say.
+``--check`` changes nothing and fails if a document or the plot is not what the results say.
 """
 
 from __future__ import annotations
@@ -148,6 +148,35 @@ def generate_table(record: Row) -> list[str]:
     return [*lines, "", first + " " + footnote(record["environment"])]
 
 
+def models_table(record: Row) -> list[str]:
+    """Whole models: milliseconds, and how much faster than their default and than the best other way."""
+    lines = [
+        "| model | tokens | forward | training step | error of the logits |",
+        "|---|---|---|---|---|",
+    ]
+    by_shape: dict[tuple[str, int], dict[str, Row]] = {}
+    for row in record["rows"]:
+        by_shape.setdefault((row["model"], row["seqlen"]), {})[row["what"]] = row
+    for (model, seqlen), rows in by_shape.items():
+        cells = []
+        for what in ("forward", "training"):
+            row = rows[what]
+            cell = f"{row['seconds']['fastattn']['min'] * 1e3:.0f} ms, {row['speedup']:.2f}x {row['default']}"
+            if row["best"] != row["default"]:
+                cell += f", {row['speedup_best']:.2f}x {row['best']}"
+            cells.append(cell if row["speedup_best"] >= 1 else f"*{cell}*")
+        error = f"{rows['forward']['error']:.0e}"
+        lines.append(f"| {model} | {seqlen} | {' | '.join(cells)} | {error} |")
+    return [
+        *lines,
+        "",
+        f"Each cell: our time, the speed-up over the model's default attention, by name, and over another way that is "
+        f"faster than it; *italics* where that other way is faster than ours. Geometric mean over the defaults: "
+        f"{record['geometric_mean']:.2f}x. The error is relative to the largest logit. "
+        + footnote(record["environment"]),
+    ]
+
+
 def footnote(environment: Row) -> str:
     """Where and when."""
     e = environment
@@ -162,9 +191,15 @@ def digest() -> str:
     return "sha256 " + hashlib.sha256((RESULTS / "attention.json").read_bytes()).hexdigest()
 
 
-def render(text: str) -> str:
-    """README with every table made anew."""
-    for name, table in (("attention", attention_table), ("generate", generate_table)):
+TABLES = {
+    "README.md": {"attention": attention_table, "generate": generate_table},
+    "docs/drop-in.md": {"models": models_table},
+}
+
+
+def render(document: str, text: str) -> str:
+    """The document with every table made anew."""
+    for name, table in TABLES[document].items():
         path = RESULTS / f"{name}.json"
         if not path.exists():
             continue
@@ -173,23 +208,23 @@ def render(text: str) -> str:
         pattern = f"{re.escape(begin)}.*?{re.escape(end)}"
         text, count = re.subn(pattern, block.replace("\\", r"\\"), text, flags=re.DOTALL)
         if count != 1:
-            raise SystemExit(f"README.md: expected one pair of markers {begin} ... {end}, found {count}")
+            raise SystemExit(f"{document}: expected one pair of markers {begin} ... {end}, found {count}")
     return text
 
 
 def main() -> None:
-    readme = ROOT / "README.md"
-    text = readme.read_text()
-    made = render(text)
+    texts = {document: (ROOT / document).read_text() for document in TABLES}
+    made = {document: render(document, text) for document, text in texts.items()}
     if "--check" in sys.argv:
-        if made != text or digest() not in PLOT.read_text():
+        if made != texts or digest() not in PLOT.read_text():
             raise SystemExit(
-                "README.md or the plot differs from benchmarks/results: run benchmarks/report.py"
+                "a document or the plot differs from benchmarks/results: run benchmarks/report.py"
             )
         return
     from plot import draw  # matplotlib: only who draws needs it
 
-    readme.write_text(made)
+    for document, text in made.items():
+        (ROOT / document).write_text(text)
     draw(json.loads((RESULTS / "attention.json").read_text())["rows"], PLOT, digest())
 
 

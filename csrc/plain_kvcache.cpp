@@ -66,8 +66,8 @@ bool read_table(PyObject* object, DLTensor* out) {
          out->dtype.lanes == 1 && out->strides[1] == 1 && out->strides[0] == out->shape[1];
 }
 
-bool same_shape(const DLTensor& x, int64_t batch, int64_t seqlen, int64_t heads, int64_t dim) {
-  return x.shape[0] == batch && x.shape[1] == seqlen && x.shape[2] == heads && x.shape[3] == dim;
+bool same_shape(const Rows& x, int64_t batch, int64_t seqlen, int64_t heads, int64_t dim) {
+  return x.batch == batch && x.seqlen == seqlen && x.heads == heads && x.dim == dim;
 }
 
 // The new rows and the rotary tables into `a`; false where they are not plain.
@@ -88,15 +88,15 @@ bool fill_append(PyObject* const* args, const AttentionParams& p, int64_t longes
   if ((args[kK] == Py_None) != (args[kV] == Py_None) || (args[kCos] == Py_None) != (args[kSin] == Py_None))
     return false;
   if (args[kK] != Py_None) {
-    DLTensor k, v;
+    Rows k, v;
     DType k_dtype, v_dtype;
-    if (!view_of(args[kK], &k, &k_dtype) || !view_of(args[kV], &v, &v_dtype) || k_dtype != p.dtype ||
-        v_dtype != p.dtype || !same_shape(k, p.batch, k.shape[1], p.nheads_k, p.headdim) ||
-        !same_shape(v, p.batch, k.shape[1], p.nheads_k, p.headdim_v) || longest + k.shape[1] > capacity)
+    if (!rows_of(args[kK], false, &k, &k_dtype) || !rows_of(args[kV], false, &v, &v_dtype) || k_dtype != p.dtype ||
+        v_dtype != p.dtype || !same_shape(k, p.batch, k.seqlen, p.nheads_k, p.headdim) ||
+        !same_shape(v, p.batch, k.seqlen, p.nheads_k, p.headdim_v) || longest + k.seqlen > capacity)
       return false;
-    a->k = tensor_view(k);
-    a->v = tensor_view(v);
-    a->seqlen_new = k.shape[1];
+    a->k = k.view();
+    a->v = v.view();
+    a->seqlen_new = k.seqlen;
   }
   if (args[kCos] != Py_None) {
     DLTensor cos, sin;
@@ -116,12 +116,12 @@ bool fill_append(PyObject* const* args, const AttentionParams& p, int64_t longes
 PyObject* step(PyObject* const* args) {
   AttentionParams p{};
   KVAppendParams a{};
-  DLTensor q, k_cache, v_cache;
+  Rows q, k_cache, v_cache;
   DType v_dtype;
   Lengths lengths;
-  if (!view_of(args[kQ], &q, &p.dtype) || !view_of(args[kKCache], &k_cache, &p.kv.dtype) ||
-      !view_of(args[kVCache], &v_cache, &v_dtype) || p.dtype != p.kv.dtype || p.dtype != v_dtype ||
-      (k_cache.strides[3] != 1 || v_cache.strides[3] != 1) || !fill_attention(q, k_cache, v_cache, args[kScale], &p))
+  if (!rows_of(args[kQ], false, &q, &p.dtype) || !rows_of(args[kKCache], false, &k_cache, &p.kv.dtype) ||
+      !rows_of(args[kVCache], false, &v_cache, &v_dtype) || p.dtype != p.kv.dtype || p.dtype != v_dtype ||
+      k_cache.stride_dim != 1 || v_cache.stride_dim != 1 || !fill_attention(q, k_cache, v_cache, args[kScale], &p))
     return nullptr;
   const int64_t capacity = p.kv.seqlen;
   p.nthreads = static_cast<int>(PyLong_AsLong(args[kNthreads]));
@@ -131,14 +131,14 @@ PyObject* step(PyObject* const* args) {
       !fill_append(args, p, lengths.longest, capacity, &a))
     return nullptr;
   p.kv.seqlens = a.kv.seqlens = lengths.data;
-  PyObject* out = make_out(args[kQ], q, p.headdim_v);
-  PyObject* turned = out && a.rotary_cos ? make_out(args[kQ], q, p.headdim) : nullptr;
-  DLTensor view;
-  bool fits = out && binding().exchange->view(out, &view) == 0;
-  if (fits) p.out = tensor_view(view);
-  if (fits && a.rotary_cos) fits = turned && binding().exchange->view(turned, &view) == 0;
+  PyObject* out = make_out(args[kQ], q, p.headdim_v, false);
+  PyObject* turned = out && a.rotary_cos ? make_out(args[kQ], q, p.headdim, false) : nullptr;
+  Rows rows;
+  bool fits = out && read_rows(out, false, &rows, &v_dtype);
+  if (fits) p.out = rows.view();
+  if (fits && a.rotary_cos) fits = turned && read_rows(turned, false, &rows, &v_dtype);
   if (fits) {
-    if (a.rotary_cos) p.q = a.q_out = tensor_view(view);
+    if (a.rotary_cos) p.q = a.q_out = rows.view();
     Py_BEGIN_ALLOW_THREADS;
     if (a.rotary_cos || a.seqlen_new > 0) kernels().append_kv(a);
     lengths.grow(p.batch, a.seqlen_new);

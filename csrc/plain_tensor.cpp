@@ -23,55 +23,70 @@ bool is_float(DLDataType t, DType* out) {
   }
 }
 
-}  // namespace
-
-bool read_tensor(PyObject* object, DLTensor* out) {
+// No subclass, and no gradient wanted.
+bool is_plain(PyObject* object) {
   const Binding& b = binding();
   if (Py_TYPE(object) != b.tensor && Py_TYPE(object) != b.parameter) return false;
   PyObject* wants = PyObject_GetAttr(object, b.requires_grad);
   Py_XDECREF(wants);
-  return wants == Py_False && b.exchange->view(object, out) == 0 && out->device.type == kDLCpu && out->strides;
+  return wants == Py_False;
 }
 
-bool view_of(PyObject* object, DLTensor* out, DType* dtype) {
-  return read_tensor(object, out) && out->ndim == 4 && is_float(out->dtype, dtype) &&
-         (out->strides[3] == 1 || out->shape[3] == 1);
+}  // namespace
+
+bool read_tensor(PyObject* object, DLTensor* out) {
+  return is_plain(object) && binding().exchange->view(object, out) == 0 && out->device.type == kDLCpu && out->strides;
 }
 
-bool is_contiguous(const DLTensor& t) {
-  return t.strides[3] == 1 && t.strides[2] == t.shape[3] && t.strides[1] == t.shape[2] * t.strides[2] &&
-         t.strides[0] == t.shape[1] * t.strides[1];
+bool read_rows(PyObject* object, bool heads_first, Rows* out, DType* dtype) {
+  DLTensor t;
+  if (binding().exchange->view(object, &t) != 0) return false;
+  if (t.device.type != kDLCpu || t.ndim != 4 || !is_float(t.dtype, dtype) || !t.strides) return false;
+  const int seqlen = heads_first ? 2 : 1, heads = heads_first ? 1 : 2;
+  *out = {static_cast<char*>(t.data) + t.byte_offset,
+          t.shape[0],
+          t.shape[seqlen],
+          t.shape[heads],
+          t.shape[3],
+          t.strides[0],
+          t.strides[seqlen],
+          t.strides[heads],
+          t.strides[3]};
+  return out->has_unit_stride();
 }
 
-PyObject* make_out(PyObject* q, const DLTensor& view, int64_t headdim_v) {
+bool rows_of(PyObject* object, bool heads_first, Rows* out, DType* dtype) {
+  return is_plain(object) && read_rows(object, heads_first, out, dtype);
+}
+
+PyObject* make_out(PyObject* object, const Rows& q, int64_t headdim_v, bool heads_first) {
   const Binding& b = binding();
-  if (headdim_v == view.shape[3] && is_contiguous(view)) return PyObject_CallOneArg(b.empty_like, q);
+  if (headdim_v == q.dim && (heads_first || q.is_contiguous())) return PyObject_CallOneArg(b.empty_like, object);
   PyObject* shape =
-      Py_BuildValue("(LLLL)", static_cast<long long>(view.shape[0]), static_cast<long long>(view.shape[1]),
-                    static_cast<long long>(view.shape[2]), static_cast<long long>(headdim_v));
-  PyObject* out = shape ? PyObject_CallMethodOneArg(q, b.new_empty, shape) : nullptr;
+      Py_BuildValue("(LLLL)", static_cast<long long>(q.batch), static_cast<long long>(heads_first ? q.heads : q.seqlen),
+                    static_cast<long long>(heads_first ? q.seqlen : q.heads), static_cast<long long>(headdim_v));
+  PyObject* out = shape ? PyObject_CallMethodOneArg(object, b.new_empty, shape) : nullptr;
   Py_XDECREF(shape);
   return out;
 }
 
-bool fill_attention(const DLTensor& q, const DLTensor& k, const DLTensor& v, PyObject* scale, AttentionParams* p) {
-  const int64_t nheads = q.shape[2], nheads_k = k.shape[2], headdim = q.shape[3], headdim_v = v.shape[3];
-  if (k.shape[0] != q.shape[0] || v.shape[0] != q.shape[0] || k.shape[1] != v.shape[1] || v.shape[2] != nheads_k ||
-      nheads_k == 0 || nheads == 0 || nheads % nheads_k != 0 || k.shape[3] != headdim || headdim < 1 ||
-      headdim > kMaxHeaddim || headdim_v < 1 || headdim_v > kMaxHeaddim)
+bool fill_attention(const Rows& q, const Rows& k, const Rows& v, PyObject* scale, AttentionParams* p) {
+  if (k.batch != q.batch || v.batch != q.batch || k.seqlen != v.seqlen || v.heads != k.heads || k.heads == 0 ||
+      q.heads == 0 || q.heads % k.heads != 0 || k.dim != q.dim || q.dim < 1 || q.dim > kMaxHeaddim || v.dim < 1 ||
+      v.dim > kMaxHeaddim)
     return false;
-  p->q = tensor_view(q);
-  p->kv.k = tensor_view(k);
-  p->kv.v = tensor_view(v);
-  p->batch = q.shape[0];
-  p->seqlen_q = q.shape[1];
-  p->kv.seqlen = k.shape[1];
-  p->nheads = nheads;
-  p->nheads_k = nheads_k;
-  p->headdim = headdim;
-  p->headdim_v = headdim_v;
+  p->q = q.view();
+  p->kv.k = k.view();
+  p->kv.v = v.view();
+  p->batch = q.batch;
+  p->seqlen_q = q.seqlen;
+  p->kv.seqlen = k.seqlen;
+  p->nheads = q.heads;
+  p->nheads_k = k.heads;
+  p->headdim = q.dim;
+  p->headdim_v = v.dim;
   if (scale == Py_None) {
-    p->softmax_scale = 1.0 / std::sqrt(static_cast<double>(headdim));
+    p->softmax_scale = 1.0 / std::sqrt(static_cast<double>(q.dim));
     return true;
   }
   if (!PyFloat_CheckExact(scale)) return false;

@@ -59,18 +59,34 @@ Binding& binding();
 // Any tensor on the CPU that wants no gradient; false, perhaps with an exception set, for anything else.
 bool read_tensor(PyObject* object, DLTensor* out);
 
-// A plain (batch, seqlen, heads, dim) float tensor with unit stride along dim.
-bool view_of(PyObject* object, DLTensor* out, DType* dtype);
-
-bool is_contiguous(const DLTensor& t);  // of four dimensions
-
 inline void* data_of(const DLTensor& t) { return static_cast<char*>(t.data) + t.byte_offset; }
-inline TensorView tensor_view(const DLTensor& t) { return {data_of(t), t.strides[0], t.strides[1], t.strides[2]}; }
 
-// A fresh contiguous (batch, seqlen_q, nheads, headdim_v); null with an exception set where memory is exhausted.
-PyObject* make_out(PyObject* q, const DLTensor& view, int64_t headdim_v);
+// A tensor by the meaning of its dimensions, whichever way they lie.
+struct Rows {
+  char* data;
+  int64_t batch, seqlen, heads, dim;
+  int64_t stride_batch, stride_seqlen, stride_heads, stride_dim;
+
+  bool has_unit_stride() const { return stride_dim == 1 || dim == 1; }
+  bool is_contiguous() const {  // as (batch, seqlen, heads, dim)
+    return stride_dim == 1 && stride_heads == dim && stride_seqlen == heads * stride_heads &&
+           stride_batch == seqlen * stride_seqlen;
+  }
+  TensorView view() const { return {data, stride_batch, stride_seqlen, stride_heads}; }
+};
+
+// Reads a float tensor (batch, seqlen, heads, dim), or torch SDPA's (batch, heads, seqlen, dim), with unit stride along
+// dim; false, perhaps with an exception set, for anything else.
+bool read_rows(PyObject* object, bool heads_first, Rows* out, DType* dtype);
+
+// The same of one that wants no gradient and is no subclass.
+bool rows_of(PyObject* object, bool heads_first, Rows* out, DType* dtype);
+
+// A fresh (batch, seqlen_q, nheads, headdim_v), contiguous; heads first it lies in memory as q does, as torch's. Null
+// with an exception set where memory is exhausted.
+PyObject* make_out(PyObject* object, const Rows& q, int64_t headdim_v, bool heads_first);
 
 // Whether q, k, v and the scale make a valid call; then p's views of them, its sizes and its scale are filled.
-bool fill_attention(const DLTensor& q, const DLTensor& k, const DLTensor& v, PyObject* scale, AttentionParams* p);
+bool fill_attention(const Rows& q, const Rows& k, const Rows& v, PyObject* scale, AttentionParams* p);
 
 }  // namespace fastattn

@@ -21,6 +21,9 @@ def plain_kvcache(
     cache_seqlens: int | Tensor | None, rotary_cos: Tensor | None, rotary_sin: Tensor | None,
     rotary_interleaved: bool, causal: bool, softmax_scale: float | None, nthreads: int,
 ) -> Tensor | None: ...  # fmt: skip
+def plain_sdpa(
+    q: Tensor, k: Tensor, v: Tensor, is_causal: bool, scale: float | None, nthreads: int, enable_gqa: bool
+) -> Tensor | None: ...
 def attention_forward(call: _Tuple, out: _View, lse: tuple[int, int, int]) -> None: ...
 def attention_backward(
     call: _Tuple, out: _View, lse: tuple[int, int, int], dout: _View, dlse: int, delta: int, dq: _View, dk: _View,

@@ -104,14 +104,14 @@ def check_modifiers(args: AttentionArgs) -> None:
         check_float("sinks", args.sinks)
 
 
-def checked_scale(softmax_scale: float | None, headdim: int) -> float:
+def checked_scale(softmax_scale: float | None, headdim: int, name: str = "softmax_scale") -> float:
     """1 / sqrt(headdim), or the finite number given."""
     if softmax_scale is None:
         return 1.0 / math.sqrt(headdim)
     if not isinstance(softmax_scale, Real):
-        raise TypeError(f"softmax_scale: expected a number, got {type(softmax_scale).__name__}")
+        raise TypeError(f"{name}: expected a number, got {type(softmax_scale).__name__}")
     if not -math.inf < softmax_scale < math.inf:  # no function of math: torch.compile may hold a symbol
-        raise ValueError(f"softmax_scale: expected a finite number, got {softmax_scale}")
+        raise ValueError(f"{name}: expected a finite number, got {softmax_scale}")
     return float(softmax_scale)
 
 

@@ -39,9 +39,9 @@ if _C is not None:
 
 # The quick ways in for plain calls, csrc/plain_attention.cpp: None where there are none; None is also what they answer
 # to other calls.
-plain_attention = plain_kvcache = None
+plain_attention = plain_kvcache = plain_sdpa = None
 if _C is not None and _ISA_ERROR is None and _C.bind_tensor(Tensor, torch.nn.Parameter, torch.empty_like):
-    plain_attention, plain_kvcache = _C.plain_attention, _C.plain_kvcache
+    plain_attention, plain_kvcache, plain_sdpa = _C.plain_attention, _C.plain_kvcache, _C.plain_sdpa
 
 _DTYPES = {
     torch.float32: 0,
