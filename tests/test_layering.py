@@ -16,6 +16,7 @@ FLOORS = {
     "fastattn.backends.reference_sampling": 4,
     "fastattn.backends.reference_dropout": 4,
     "fastattn.backends.cpu": 4,
+    "fastattn.backends.triton": 4,
     "fastattn.backends.cpu_gradients": 4,
     "fastattn.args": 5,
     "fastattn.checks": 5,
