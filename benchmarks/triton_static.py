@@ -15,6 +15,7 @@ import subprocess
 import tempfile
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,38 +32,59 @@ TARGETS = {
 }
 FLOAT = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.float64: "fp64"}
 TYPES = FLOAT | {torch.int32: "i32", torch.int64: "i64", torch.uint8: "u8", torch.bool: "i1"}
-TENSOR_INSTRUCTIONS = {"HMMA": r"mma\.sync", "HGMMA": r"wgmma\.mma_async", "UTCMMA": r"tcgen05\.mma", "MFMA": "v_mfma"}
-
-
-def attention_cases() -> dict[str, Callable[[], Any]]:
-    """Calls by name; each runs a host function of ``fastattn.kernels``."""
-    from fastattn.args import AttentionArgs
-    from fastattn.kernels import attention
-
-    def call(headdim: int, dtype: torch.dtype, **more: Any) -> AttentionArgs:
-        q, k = (torch.empty(2, 1024, heads, headdim, dtype=dtype) for heads in (8, 2))
-        return AttentionArgs(q=q, k=k, v=k, softmax_scale=0.125, **more)
-
-    half, bf16, f32 = torch.float16, torch.bfloat16, torch.float32
-    every = {
-        "causal": True, "window_size": (256, 0), "alibi_slopes": torch.ones(8), "sinks": torch.ones(8),
-        "attn_bias": torch.empty(1, 8, 1024, 1024), "attn_mask": torch.ones(1, 1, 1024, 1024, dtype=torch.bool),
-        "dropout_p": 0.1, "rng_state": torch.zeros(2, dtype=torch.int64),
-    }  # fmt: skip
-    return {
-        "forward fp16 D=64": lambda: attention.forward(call(64, half)),
-        "forward bf16 D=64 causal": lambda: attention.forward(call(64, bf16, causal=True)),
-        "forward fp16 D=128 causal": lambda: attention.forward(call(128, half, causal=True)),
-        "forward bf16 D=128 every feature": lambda: attention.forward(call(128, bf16, **every)),
-        "forward bf16 D=256 causal": lambda: attention.forward(call(256, bf16, causal=True)),
-        "forward bf16 D=512 causal": lambda: attention.forward(call(512, bf16, causal=True)),
-        "forward fp32 D=64 causal": lambda: attention.forward(call(64, f32, causal=True)),
-    }
+TENSOR_INSTRUCTIONS = {
+    "HMMA": r"mma\.sync",
+    "HGMMA": r"wgmma\.mma_async",
+    "UTCMMA": r"tcgen05\.mma",
+    "MFMA": "v_mfma",
+}
 
 
 def cases() -> dict[str, Callable[[], Any]]:
-    """Every case by name."""
-    return attention_cases()
+    """Calls by name; each runs host functions of ``fastattn.kernels``."""
+    from fastattn.args import AttentionArgs, KVAppendArgs, SamplingArgs
+    from fastattn.kernels import attention, attention_backward, decode, sampling
+
+    def call(headdim: int, dtype: torch.dtype, seqlen_q: int = 1024, **more: Any) -> AttentionArgs:
+        q, k = (torch.empty(2, n, heads, headdim, dtype=dtype) for n, heads in ((seqlen_q, 8), (1024, 2)))
+        return AttentionArgs(q=q, k=k, v=k, softmax_scale=0.125, **more)
+
+    def backward(args: AttentionArgs) -> None:
+        lse = torch.empty(2, 8, 1024)
+        attention_backward.backward(args, args.q, lse, args.q, None, needs_dbias=False)
+
+    def paged(args: AttentionArgs) -> AttentionArgs:
+        table = torch.zeros(2, 64, dtype=torch.int32)
+        pages = torch.empty(128, 16, 2, args.q.shape[3], dtype=args.q.dtype)
+        return replace(args, k=pages, v=pages, block_table=table, seqlens_k=table[:, 0])
+
+    def append() -> None:
+        q, cache, new = (
+            torch.empty(2, n, heads, 128, dtype=half) for n, heads in ((1, 8), (1024, 2), (1, 2))
+        )
+        turns, seqlens = torch.empty(1024, 64), torch.zeros(2, dtype=torch.int32)
+        decode.append(KVAppendArgs(q, cache, cache, seqlens, new, new, turns, turns))
+
+    half, bf16, f32 = torch.float16, torch.bfloat16, torch.float32
+    every = {
+        "window_size": (256, 0), "alibi_slopes": torch.ones(8), "sinks": torch.ones(8),
+        "attn_bias": torch.empty(1, 8, 1024, 1024), "attn_mask": torch.ones(1, 1, 1024, 1024, dtype=torch.bool),
+        "dropout_p": 0.1, "rng_state": torch.zeros(2, dtype=torch.int64),
+    }  # fmt: skip
+    logits = torch.empty(2, 128256)
+    return {
+        "forward fp16 D=64": lambda: attention.forward(call(64, half)),
+        "forward bf16 D=128 causal": lambda: attention.forward(call(128, bf16, causal=True)),
+        "forward bf16 D=128 every feature": lambda: attention.forward(call(128, bf16, **every)),
+        "forward bf16 D=256 causal": lambda: attention.forward(call(256, bf16, causal=True)),
+        "forward fp32 D=64 causal": lambda: attention.forward(call(64, f32, causal=True)),
+        "decode fp16 D=128": lambda: decode.decode(call(128, half, 1)),
+        "decode bf16 D=128 paged": lambda: decode.decode(paged(call(128, bf16, 1, causal=True))),
+        "append fp16 D=128 rotary": append,
+        "backward fp16 D=64": lambda: backward(call(64, half)),
+        "backward bf16 D=128 causal": lambda: backward(call(128, bf16, causal=True)),
+        "sampling fp32": lambda: sampling.sample(SamplingArgs(logits, 1.0, 50, 0.9, 0.0, 1, 2)),
+    }
 
 
 def launches(case: Callable[[], Any], target: str) -> list[tuple[Any, dict[str, Any]]]:
@@ -101,7 +123,11 @@ def compiled(function: Any, call: dict[str, Any], target: str) -> Any:
         if isinstance(value, Tensor):
             signature[param.name] = "*" + TYPES[value.dtype]
             attributes[(index,)] = [["tt.divisibility", 16]]
-        elif param.is_constexpr or value is None or (value == 1 and not param.do_not_specialize and type(value) is int):
+        elif (
+            param.is_constexpr
+            or value is None
+            or (value == 1 and not param.do_not_specialize and type(value) is int)
+        ):
             constants[param.name] = value
         elif isinstance(value, float):
             signature[param.name] = "fp32"
@@ -120,9 +146,15 @@ def figures(kernel: Any) -> dict[str, Any]:
     text = kernel.asm.get("ptx") or kernel.asm["amdgcn"]
     found = {name: len(re.findall(pattern, text)) for name, pattern in TENSOR_INSTRUCTIONS.items()}
     tensor = {name: n for name, n in found.items() if n}
-    row: dict[str, Any] = {"shared": kernel.metadata.shared, "warps": kernel.metadata.num_warps, "tensor": tensor}
+    row: dict[str, Any] = {
+        "shared": kernel.metadata.shared,
+        "warps": kernel.metadata.num_warps,
+        "tensor": tensor,
+    }
     if "cubin" not in kernel.asm:
-        counts = {n: int(re.findall(rf"\.{n}:\s+(\d+)", text)[-1]) for n in ("vgpr_count", "vgpr_spill_count")}
+        counts = {
+            n: int(re.findall(rf"\.{n}:\s+(\d+)", text)[-1]) for n in ("vgpr_count", "vgpr_spill_count")
+        }
         return row | {"registers": counts["vgpr_count"], "spills": counts["vgpr_spill_count"]}
     import triton
 

@@ -39,11 +39,9 @@ def attend(
 
     first_key is a multiple of BLOCK_N; k and v point at their head.
     """
-    begin, full_begin, full_end, end = P.key_range(rows, seq, modifiers.left, modifiers.right, BLOCK_N)
-    begin = tl.maximum(begin, first_key)
-    end = tl.minimum(end, last_key)
-    full_begin = tl.minimum(tl.maximum(full_begin, begin), tl.maximum(end, begin))
-    full_end = tl.maximum(tl.minimum(full_end, end // BLOCK_N * BLOCK_N), full_begin)
+    begin, full_begin, full_end, end = P.key_range(
+        rows, seq, modifiers.left, modifiers.right, first_key, last_key, BLOCK_N
+    )
     state = P.State(
         tl.full([BLOCK_M], float("-inf"), tl.float32),
         tl.zeros([BLOCK_M], tl.float32),
@@ -68,7 +66,9 @@ def attend(
                 if dropout is not None:
                     keep = P.dropout_keep(dropout, rows, n, BLOCK_M, BLOCK_N)
                 at = P.key_rows(seq, j, inside, page_size, v_batch, v_row)
-                values = P.load_rows(v, at, inside, headdim_v, BLOCK_DV, EVEN_DV, phase != 1)  # (BLOCK_N, BLOCK_DV)
+                values = P.load_rows(
+                    v, at, inside, headdim_v, BLOCK_DV, EVEN_DV, phase != 1
+                )  # (BLOCK_N, BLOCK_DV)
                 state = P.softmax_step(state, s, values, keep, PRECISION)
     return state
 
@@ -142,5 +142,7 @@ def forward(args: Any) -> tuple[Tensor, Tensor]:
         def grid(blocks: dict[str, Any]) -> tuple[int]:
             return (triton.cdiv(longest, blocks["BLOCK_M"]) * programs,)
 
-        attention_forward_kernel.launch(grid, forward_config(q, v), out=out, lse=lse, longest=longest, **places, **call)
+        attention_forward_kernel.launch(
+            grid, forward_config(q, v), out=out, lse=lse, longest=longest, **places, **call
+        )
     return out, lse

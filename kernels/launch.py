@@ -17,6 +17,7 @@ except ImportError:  # before torch 2.6
 
 _WIDEST = 1 << 30  # a window that no sequence reaches, and whose sums with places fit 32 bits
 
+_PLAIN = (Tensor, torch.nn.Parameter)
 _fixed: dict[str, int] = {}
 
 
@@ -54,22 +55,31 @@ class Kernel:
     every run and machine. With ``FASTATTN_TRITON_AUTOTUNE=1`` the fastest of ``configs`` is measured, once per shape.
     """
 
-    def __init__(self, function: Any, configs: list[dict[str, int]], key: list[str], options: dict[str, Any]) -> None:
+    def __init__(
+        self, function: Any, configs: list[dict[str, int]], key: list[str], options: dict[str, Any]
+    ) -> None:
         self.function, self.configs, self.options = function, configs, options
         own = ("num_warps", "num_stages")
         choices = [
-            triton.Config({n: x for n, x in c.items() if n not in own}, **{n: c[n] for n in own}) for c in configs
+            triton.Config({n: x for n, x in c.items() if n not in own}, **{n: c[n] for n in own})
+            for c in configs
         ]
         self._autotuned = None if is_interpreted() else triton.autotune(choices, key)(function)
 
-    def launch(self, grid: Callable[[dict[str, Any]], tuple[int, ...]], config: dict[str, int], **call: Any) -> None:
+    def launch(
+        self, grid: Callable[[dict[str, Any]], tuple[int, ...]], config: dict[str, int], **call: Any
+    ) -> None:
         """``grid`` gets the chosen blocks by name."""
-        autotune = os.environ.get("FASTATTN_TRITON_AUTOTUNE") == "1" and not _fixed and self._autotuned is not None
+        autotune = (
+            os.environ.get("FASTATTN_TRITON_AUTOTUNE") == "1" and not _fixed and self._autotuned is not None
+        )
         target = self._autotuned if autotune else self.function
         if not autotune:
             call |= chosen(config)
-        if wrap_triton is not None and torch.compiler.is_compiling():
-            target = wrap_triton(target)
+        if wrap_triton is not None and any(
+            isinstance(x, Tensor) and type(x) not in _PLAIN for x in call.values()
+        ):
+            target = wrap_triton(target)  # somebody traces: torch.compile shall see the kernel
         target[grid](**call, **self.options)
 
 
@@ -112,7 +122,7 @@ def attention_call(args: Any, q: Tensor, k: Tensor, v: Tensor) -> dict[str, Any]
         "leftpad": args.k_leftpad, "batch_idx": args.cache_batch_idx, "table": args.block_table,
         "slopes": slopes, "bias": bias, "mask": mask,
         "sinks": None if args.sinks is None else args.sinks.float().contiguous(),
-        "rng_state": args.rng_state,
+        "rng_state": None if args.rng_state is None else args.rng_state.to(q.device, non_blocking=True),
         **strides(q, "q_batch", "q_row", "q_head"),
         **strides(k, "k_batch", "k_row", "k_head"),
         **strides(v, "v_batch", "v_row", "v_head"),

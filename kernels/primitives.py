@@ -118,10 +118,11 @@ def modifiers_of(
     slope = slopes
     if slopes is not None:
         slope = tl.load(slopes + b * slopes_batch + rows.head, mask=rows.inside, other=0.0) * LOG2E
+    batch, head, row = b.to(tl.int64), rows.head.to(tl.int64), rows.i.to(tl.int64)
     if bias is not None:
-        bias = bias + (b.to(tl.int64) * bias_batch + rows.head.to(tl.int64) * bias_head + rows.i.to(tl.int64) * bias_row)
+        bias = bias + (batch * bias_batch + head * bias_head + row * bias_row)
     if mask is not None:
-        mask = mask + (b.to(tl.int64) * mask_batch + rows.head.to(tl.int64) * mask_head + rows.i.to(tl.int64) * mask_row)
+        mask = mask + (batch * mask_batch + head * mask_head + row * mask_row)
     return Modifiers(scale, softcap, slope, bias, bias_key, mask, mask_key, left, right)
 
 
@@ -136,7 +137,9 @@ def key_rows(seq, j, inside, page_size, stride_batch, stride_row):
 
 
 @triton.jit
-def load_rows(base, offsets, inside, headdim, BLOCK_D: tl.constexpr, EVEN_D: tl.constexpr, MASKED: tl.constexpr):
+def load_rows(
+    base, offsets, inside, headdim, BLOCK_D: tl.constexpr, EVEN_D: tl.constexpr, MASKED: tl.constexpr
+):
     """(ROWS, BLOCK_D) from unit-stride rows at ``base + offsets``, zeros outside."""
     d = tl.arange(0, BLOCK_D)
     at = base + offsets[:, None] + d[None, :]
@@ -156,7 +159,9 @@ def tanh(x):
     far = (1.0 - t) / (1.0 + t)
     far = tl.where(x < 0, -far, far)
     x2 = x * x
-    series = x * (1.0 + x2 * (-1 / 3 + x2 * (2 / 15 + x2 * (-17 / 315 + x2 * (62 / 2835 + x2 * (-1382 / 155925))))))
+    series = x * (
+        1.0 + x2 * (-1 / 3 + x2 * (2 / 15 + x2 * (-17 / 315 + x2 * (62 / 2835 + x2 * (-1382 / 155925)))))
+    )
     return tl.where(x2 < 0.09, series, far)
 
 
@@ -196,23 +201,27 @@ def modify(s, rows, seq, j, modifiers, MASKED: tl.constexpr):
 
 
 @triton.jit
-def key_range(rows, seq, left, right, BLOCK_N: tl.constexpr):
-    """Blocks of keys that a tile of rows sees: [begin, end), of which [full_begin, full_end) need no mask."""
+def key_range(rows, seq, left, right, first_key, last_key, BLOCK_N: tl.constexpr):
+    """Keys that a tile of rows sees within [first_key, last_key): [begin, end), in blocks from ``begin`` on.
+
+    Blocks in [full_begin, full_end) need no mask. first_key is a multiple of BLOCK_N.
+    """
     offset = seq.seqlen_k - seq.seqlen_q
-    end = seq.seqlen_k
-    full_end = seq.seqlen_k
-    begin = 0
-    full_begin = 0
+    begin = first_key
+    full_begin = first_key
+    end = tl.minimum(last_key, seq.seqlen_k)
+    full_end = end
     if right is not None:
         end = tl.minimum(end, rows.last + offset + right + 1)
         full_end = tl.minimum(full_end, rows.first + offset + right + 1)
     if left is not None:
-        begin = tl.maximum(rows.first + offset - left, 0) // BLOCK_N * BLOCK_N
-        full_begin = (tl.maximum(rows.last + offset - left, 0) + BLOCK_N - 1) // BLOCK_N * BLOCK_N
-    end = tl.maximum(end, 0)
-    full_end = tl.maximum(full_end, 0) // BLOCK_N * BLOCK_N
-    full_begin = tl.minimum(full_begin, (end + BLOCK_N - 1) // BLOCK_N * BLOCK_N)
-    full_end = tl.maximum(full_end, full_begin)
+        begin = tl.maximum(begin, tl.maximum(rows.first + offset - left, 0) // BLOCK_N * BLOCK_N)
+        full_begin = tl.maximum(
+            begin, (tl.maximum(rows.last + offset - left, 0) + BLOCK_N - 1) // BLOCK_N * BLOCK_N
+        )
+    end = tl.maximum(end, begin)
+    full_begin = tl.minimum(full_begin, end)
+    full_end = tl.maximum(tl.maximum(full_end, 0) // BLOCK_N * BLOCK_N, full_begin)
     return begin, full_begin, full_end, end
 
 

@@ -15,9 +15,12 @@ if TYPE_CHECKING:
 
 NAME = "triton"
 FEATURES = frozenset(
-    {"window", "softcap", "alibi", "bias", "mask", "sinks", "dropout", "varlen", "leftpad", "cache_batch_idx", "paged"}
-)
+    {"window", "softcap", "alibi", "bias", "mask", "sinks", "dropout", "varlen", "leftpad", "cache_batch_idx", "paged",
+     "gradients"}
+)  # fmt: skip
+_NO_GRADIENTS_WITH = frozenset({"leftpad", "cache_batch_idx", "paged"})
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_MAX_VOCAB = (1 << 22) - 1  # masses of 2^41 sum to less than 2^63
 
 
 def unavailable() -> str | None:
@@ -50,9 +53,16 @@ def supports(args: AttentionArgs | KVAppendArgs | SamplingArgs) -> str | None:
     device, dtypes = ("cpu", _DTYPES[::2]) if _interpreted() else ("cuda", _DTYPES)
     if tensor.device.type != device:
         return f"lacks device '{tensor.device.type}'"
+    if tensor.dim() == 2:  # logits
+        dtypes = (*dtypes, torch.float64)
+        if tensor.shape[1] > _MAX_VOCAB:
+            return f"lacks vocabularies above {_MAX_VOCAB}"
     if tensor.dtype not in dtypes:
         return f"lacks dtype '{str(tensor.dtype).removeprefix('torch.')}'"
-    lacking = sorted(args.features() - FEATURES)
+    features = args.features()
+    lacking = sorted(features - FEATURES)
+    if "gradients" in features and features & _NO_GRADIENTS_WITH:
+        lacking.append("gradients")
     return f"lacks {', '.join(map(repr, lacking))}" if lacking else None
 
 
@@ -61,7 +71,31 @@ def attention(args: AttentionArgs) -> tuple[Tensor, Tensor | None]:
 
     Packed sequences: out (1, total_q, nheads, headdim_v) and lse (nheads, total_q).
     """
-    from fastattn.kernels.attention import forward
+    from fastattn.kernels import attention, decode
 
-    out, lse = forward(args)
+    out, lse = decode.decode(args) if decode.serves(args) else attention.forward(args)
     return out, (lse if args.return_lse else None)
+
+
+def attention_backward(
+    args: AttentionArgs, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None, *, needs_dbias: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    """``dq, dk, dv, dbias, dsinks`` of a call of ``attention`` that gave ``out`` and ``lse``; as ``AttentionGrads``."""
+    from fastattn.kernels.attention_backward import backward
+
+    return backward(args, out, lse, dout, dlse, needs_dbias=needs_dbias)
+
+
+def append_kv(args: KVAppendArgs) -> tuple[Tensor, Tensor]:
+    """Write the new (rotated) k and v at ``cache_seqlens``; returns rotated q and the new lengths (batch,)."""
+    from fastattn.kernels import decode
+
+    q, seqlens = decode.append(args)
+    return q, seqlens
+
+
+def sample(args: SamplingArgs) -> Tensor:
+    """One token per row, (batch,) int64; -1 for a row with NaN, with +inf or without a finite logit."""
+    from fastattn.kernels import sampling
+
+    return sampling.sample(args)

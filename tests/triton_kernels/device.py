@@ -31,5 +31,7 @@ def there(x: Any) -> Any:
         return {name: there(value) for name, value in x.items()}
     if not isinstance(x, torch.Tensor) or DEVICE == "cpu":
         return x
+    if x.requires_grad:
+        return x.to(DEVICE)
     base = torch.empty(0, dtype=x.dtype).set_(x.untyped_storage())
     return base.to(DEVICE).as_strided(x.shape, x.stride(), x.storage_offset())

@@ -79,7 +79,9 @@ def test_dropout_drops_what_the_definition_drops(dropout_p):
 @pytest.mark.parametrize("paged", [False, True])
 def test_packed_sequences(dtype, paged):
     lengths_q, lengths_k = [17, 0, 1, 33], [20, 5, 0, 40]
-    cu_q, cu_k = (torch.tensor([0, *torch.tensor(x).cumsum(0)], dtype=torch.int32) for x in (lengths_q, lengths_k))
+    cu_q, cu_k = (
+        torch.tensor([0, *torch.tensor(x).cumsum(0)], dtype=torch.int32) for x in (lengths_q, lengths_k)
+    )
     q, k, v = (torch.randn(n, heads, 24).to(dtype) for n, heads in ((51, 4), (65, 2), (65, 2)))
     call = {"causal": True, "window_size": (19, -1), "alibi_slopes": torch.rand(4, 4)}
     if paged:
