@@ -10,6 +10,7 @@ import os
 import re
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 
 import pytest
@@ -19,31 +20,40 @@ from tree import ROOT
 FILES = sorted(path.name for path in (ROOT / "tests" / "triton_kernels").glob("test_*.py"))
 
 
-def outcome(*command: str, **environment: str) -> str:
-    """What pytest says of a file's tests, which must all pass and none of which may be skipped."""
+MODES = {
+    "interpreter": (["pytest"], {"TRITON_INTERPRET": "1"}),
+    "ttsem": (["ttsem.sanitize", "pytest"], {}),
+}
+
+
+def run_file(mode: str, file: str) -> subprocess.CompletedProcess[str]:
+    command, environment = MODES[mode]
     env = {k: v for k, v in os.environ.items() if not k.startswith(("FASTATTN_", "TRITON_", "PYTEST_"))}
-    done = subprocess.run(
-        [sys.executable, "-m", *command, "-q", "-p", "no:cacheprovider"],
-        cwd=ROOT, env=env | environment, capture_output=True, text=True,
+    return subprocess.run(
+        [sys.executable, "-m", *command, f"tests/triton_kernels/{file}", "-q", "-p", "no:cacheprovider"],
+        cwd=ROOT, env=env | environment | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
     )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def outcomes(request):
+    """Every file in every mode that is asked for, two at a time."""
+    wanted = [item.callspec.params for item in request.session.items if item.function is test_kernels]
+    with ThreadPoolExecutor(2) as pool:
+        yield {(p["mode"], p["file"]): pool.submit(run_file, p["mode"], p["file"]) for p in wanted}
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU: they run on it")
+@pytest.mark.parametrize("file", FILES)
+@pytest.mark.parametrize("mode", MODES)
+def test_kernels(mode, file, request):
+    """All of them pass, and none is skipped or left unchecked."""
+    if mode == "ttsem" and find_spec("ttsem") is None:
+        pytest.skip("ttsem is not installed")
+    done = request.getfixturevalue("outcomes")[mode, file].result()
     text = done.stdout[-6000:] + done.stderr[-2000:]
     assert done.returncode == 0, text
     assert re.search(r"\d+ passed", text), text
     assert not re.search(r"\d+ (skipped|failed|error)", text), text
-    return text
-
-
-@pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU: they run on it")
-@pytest.mark.parametrize("file", FILES)
-def test_in_the_interpreter(file):
-    outcome("pytest", f"tests/triton_kernels/{file}", TRITON_INTERPRET="1")
-
-
-@pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
-@pytest.mark.skipif(find_spec("ttsem") is None, reason="ttsem is not installed")
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU: they run on it")
-@pytest.mark.parametrize("file", FILES)
-def test_under_ttsem(file):
-    text = outcome("ttsem.sanitize", "pytest", f"tests/triton_kernels/{file}")
     assert "too large to be checked" not in text, text

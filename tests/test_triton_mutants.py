@@ -11,7 +11,9 @@ import re
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
+from pathlib import Path
 from typing import NamedTuple
 
 import pytest
@@ -52,7 +54,7 @@ MUTANTS = {
     ),
     "causal edge's last key not visited": Mutant(
         "primitives.py", "end = tl.minimum(end, rows.last + offset + right + 1)",
-        "end = tl.minimum(end, rows.last + offset + right)", "test_triton_forward.py::test_head_dimensions",
+        "end = tl.minimum(end, rows.last + offset + right)", "test_triton_forward.py::test_features",
     ),
     "unmasked blocks reach into the window's edge": Mutant(
         "primitives.py", "(tl.maximum(rows.last + offset - left, 0) + BLOCK_N - 1) // BLOCK_N * BLOCK_N",
@@ -94,29 +96,44 @@ MUTANTS = {
 }  # fmt: skip
 
 
-@pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU: the kernels' own tests run on it")
-@pytest.mark.parametrize("name", MUTANTS)
-def test_mutant_is_seen(name, tmp_path):
-    mutant = MUTANTS[name]
-    under_ttsem = mutant.seen_by != "values"
-    if under_ttsem and find_spec("ttsem") is None:
-        pytest.skip("ttsem is not installed")
-    package = tmp_path / "fastattn"
+def run_mutant(mutant: Mutant, folder: Path) -> subprocess.CompletedProcess[str]:
+    package = folder / "fastattn"
     shutil.copytree(ROOT / "fastattn", package, ignore=shutil.ignore_patterns("__pycache__", "kernels"))
     shutil.copytree(ROOT / "kernels", package / "kernels", ignore=shutil.ignore_patterns("__pycache__"))
     source = package / "kernels" / mutant.file
     text = source.read_text()
     assert text.count(mutant.old) == 1, f"{mutant.file} has {text.count(mutant.old)} of: {mutant.old}"
     source.write_text(text.replace(mutant.old, mutant.new))
-    command = ["ttsem.sanitize", "pytest"] if under_ttsem else ["pytest"]
-    environment = {} if under_ttsem else {"TRITON_INTERPRET": "1"}
-    done = subprocess.run(
-        [sys.executable, "-m", *command, "-x", "-q", "-p", "no:cacheprovider", f"{ROOT}/tests/triton_kernels/{mutant.tests}"],
-        cwd=tmp_path, env={**os.environ, **environment, "PYTHONDONTWRITEBYTECODE": "1"}, capture_output=True, text=True,
+    command, environment = ["ttsem.sanitize", "pytest"], {}
+    if mutant.seen_by == "values":
+        command, environment = ["pytest"], {"TRITON_INTERPRET": "1"}
+    tests = f"{ROOT}/tests/triton_kernels/{mutant.tests}"
+    return subprocess.run(
+        [sys.executable, "-m", *command, "-x", "-q", "-p", "no:cacheprovider", tests],
+        cwd=folder, env={**os.environ, **environment, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
     )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def outcomes(request, tmp_path_factory):
+    """Every mutant that is asked for, two at a time."""
+    wanted = [
+        item.callspec.params["name"] for item in request.session.items if item.function is test_mutant_is_seen
+    ]
+    with ThreadPoolExecutor(2) as pool:
+        yield {
+            name: pool.submit(run_mutant, MUTANTS[name], tmp_path_factory.mktemp("mutant")) for name in wanted
+        }
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
+@pytest.mark.skipif(find_spec("ttsem") is None, reason="ttsem is not installed")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU: the kernels' own tests run on it")
+@pytest.mark.parametrize("name", MUTANTS)
+def test_mutant_is_seen(name, outcomes):
+    done = outcomes[name].result()
     assert done.returncode == 1, done.stdout[-3000:] + done.stderr[-2000:]
     assert "CompilationError" not in done.stdout, done.stdout[-3000:]
     assert "InterpreterError" not in done.stdout, done.stdout[-3000:]
-    expected = "AssertionError" if mutant.seen_by == "values" else mutant.seen_by
+    expected = "AssertionError" if MUTANTS[name].seen_by == "values" else MUTANTS[name].seen_by
     assert re.search(expected, done.stdout), done.stdout[-3000:]

@@ -18,14 +18,14 @@ from fastattn.kernels.launch import fixed_blocks
 AXES = {
     "dtype": DTYPES,
     "heads": [(2, 2), (4, 2), (2, 1)],
-    "lengths": [(1, 1), (1, 20), (19, 34), (34, 19), (5, 0)],
+    "lengths": [(1, 20), (19, 34), (34, 19), (5, 0)],
     "headdim": [16, 7],
     "headdim_v": ["same", 20],
     "causal": [False, True],
-    "window": [(-1, -1), (3, -1), (-1, 2), (9, 4)],
+    "window": [(-1, -1), (3, -1), (-1, 2)],
     "softcap": [0.0, 15.0],
     "alibi": [None, "batch"],
-    "bias": [None, "11qk", "b11k", "bhq1", "turned"],
+    "bias": [None, "11qk", "bhq1", "turned"],
     "mask": [None, "left", "rows"],
     "sinks": [False, True],
     "strides": ["plain", "head-major", "slices"],
@@ -124,3 +124,12 @@ def test_rows_without_keys_have_no_gradient():
     dq = triton_gradients(q, k, v, {"causal": True, "softmax_scale": math.pi}, torch.ones_like(q))["q"]
     assert not dq[:, :20].any()
     assert dq[:, 20:].any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_one_key_takes_all_whatever_q_says(dtype):
+    q, k, v = (torch.randn(2, 1, 2, 16).to(dtype) for _ in range(3))
+    dout = torch.randn(2, 1, 2, 16).to(dtype)
+    found = triton_gradients(q, k, v, {}, dout)
+    assert found["q"].abs().max() < 1e-5  # dout.v - dout.out, added up in two orders
+    torch.testing.assert_close(found["v"], dout)
