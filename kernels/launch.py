@@ -3,17 +3,13 @@
 import math
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 import triton
 from torch import Tensor
-
-try:
-    from torch.library import wrap_triton
-except ImportError:  # before torch 2.6
-    wrap_triton = None
+from torch.library import wrap_triton
 
 _WIDEST = 1 << 30  # a window that no sequence reaches, and whose sums with places fit 32 bits
 
@@ -73,14 +69,15 @@ class Kernel:
         autotune = (
             os.environ.get("FASTATTN_TRITON_AUTOTUNE") == "1" and not _fixed and self._autotuned is not None
         )
-        target = self._autotuned if autotune else self.function
+        target: Any = self._autotuned if autotune else self.function
         if not autotune:
             call |= chosen(config)
-        if wrap_triton is not None and any(
-            isinstance(x, Tensor) and type(x) not in _PLAIN for x in call.values()
-        ):
-            target = wrap_triton(target)  # somebody traces: torch.compile shall see the kernel
-        target[grid](**call, **self.options)
+        tensors = [x for x in call.values() if isinstance(x, Tensor)]
+        if any(type(x) not in _PLAIN for x in tensors):  # somebody traces: torch.compile shall see the kernel
+            wrap_triton(target)[grid](**call, **self.options)
+            return
+        with torch.cuda.device(tensors[0].device) if tensors[0].is_cuda else nullcontext():
+            target[grid](**call, **self.options)
 
 
 def precision(q: Tensor) -> str:
@@ -90,7 +87,7 @@ def precision(q: Tensor) -> str:
 
 def padded(dim: int) -> int:
     """The block that holds a head dimension."""
-    return max(16, triton.next_power_of_2(dim))
+    return max(16, int(triton.next_power_of_2(dim)))
 
 
 def unit_stride(x: Tensor) -> Tensor:

@@ -126,7 +126,7 @@ def test_forced_by_environment(monkeypatch):
     with pytest.raises(NotImplementedError, match="backend 'cpu' lacks 'softcap'"):
         attention(q, k, v, softcap=2.0)
     monkeypatch.setenv("FASTATTN_BACKEND", "gpu")
-    with pytest.raises(ValueError, match="backend: expected one of auto, .*reference, got 'gpu'"):
+    with pytest.raises(ValueError, match=r"backend: expected one of auto, .*reference, got 'gpu'"):
         attention(q, k, v)
     monkeypatch.setenv("FASTATTN_BACKEND", "reference")
     assert attention(q, k, v).shape == q.shape
