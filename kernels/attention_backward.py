@@ -142,18 +142,20 @@ def attention_dq_kernel(
             for n in range(lo, hi, BLOCK_N):
                 j = n + tl.arange(0, BLOCK_N)  # (BLOCK_N,)
                 inside = j < seq.seqlen_k
-                at = P.key_rows(seq, j, inside, page_size, k_batch, k_row) + kv_head * k_head
-                keys = P.load_rows(k, at, inside, headdim, BLOCK_D, EVEN_D, phase != 1)  # (BLOCK_N, BLOCK_D)
-                at = P.key_rows(seq, j, inside, page_size, v_batch, v_row) + kv_head * v_head
-                values = P.load_rows(v, at, inside, headdim_v, BLOCK_DV, EVEN_DV, phase != 1)
+                key_at = P.key_rows(seq, j, inside, page_size, k_batch, k_row) + kv_head * k_head
+                keys = P.load_rows(
+                    k, key_at, inside, headdim, BLOCK_D, EVEN_D, phase != 1
+                )  # (BLOCK_N, BLOCK_D)
+                value_at = P.key_rows(seq, j, inside, page_size, v_batch, v_row) + kv_head * v_head
+                values = P.load_rows(v, value_at, inside, headdim_v, BLOCK_DV, EVEN_DV, phase != 1)
                 _, ds, capped = score_gradients(
                     queries, keys, values, do, log_sum, row_delta, rows, seq, j, modifiers, dropout, dropout_scale,
                     BLOCK_M, BLOCK_N, PRECISION, phase != 1,
                 )  # fmt: skip
                 if dbias is not None:
-                    at = b * dbias_batch + head * dbias_head + rows.i.to(tl.int64) * dbias_row
+                    bias_at = b * dbias_batch + head * dbias_head + rows.i.to(tl.int64) * dbias_row
                     tl.store(
-                        dbias + at[:, None] + j[None, :], ds, mask=rows.inside[:, None] & inside[None, :]
+                        dbias + bias_at[:, None] + j[None, :], ds, mask=rows.inside[:, None] & inside[None, :]
                     )
                 acc = tl.dot(capped.to(keys.dtype), keys, acc, input_precision=PRECISION)
     d = tl.arange(0, BLOCK_D)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from importlib.util import find_spec
 from types import SimpleNamespace
 
@@ -10,6 +11,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch._subclasses.functional_tensor import dispatch_functionalize
 from torch.fx.experimental.proxy_tensor import make_fx
+from tree import run
 
 from fastattn import attention, available_backends, ops
 from fastattn.args import AttentionArgs
@@ -56,6 +58,15 @@ def test_backward(gpu):
         return torch.ops.fastattn.attention_backward(dout, dlse, out, lse, False, *ops._flat(args, "triton"))
 
     assert kernels_of(backward, q, k, v, out, lse, dout, dlse) == 3  # delta, dQ, dK and dV
+
+
+def test_triton_is_imported_at_the_first_call_that_needs_it():
+    out = run(
+        sys.executable,
+        "-c",
+        "import fastattn, sys; fastattn.available_backends(); print('triton' in sys.modules)",
+    )
+    assert out.split() == ["False"]
 
 
 def test_a_machine_without_gpu_says_so():

@@ -72,6 +72,18 @@ def test_gradients(number):
         close_enough(grad, yardstick[name], truth[name], 3.0, 3e-6, label, torch.finfo(q.dtype).eps, 8)
 
 
+@pytest.mark.parametrize(("block_m", "block_n"), [(32, 16), (16, 32)])
+def test_blocks(block_m, block_n):
+    q, k, v = (torch.randn(1, n, 2, 16, requires_grad=True) for n in (70, 90, 90))
+    call, dout = {"causal": True, "window_size": (40, -1)}, torch.randn(1, 70, 2, 16)
+    out = attention(q.double(), k.double(), v.double(), backend="reference", **call)
+    truth = torch.autograd.grad(out, (q, k, v), dout.double())
+    with fixed_blocks(BLOCK_M=block_m, BLOCK_N=block_n):
+        found = triton_gradients(q.detach(), k.detach(), v.detach(), call, dout)
+    for name, expected in zip("qkv", truth):
+        torch.testing.assert_close(found[name], expected, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("call", [
     {"softcap": 7.0},
     {"dropout_p": 0.3, "rng_state": torch.tensor([2**62 + 5, 9])},
