@@ -6,9 +6,10 @@ import math
 
 import pytest
 import torch
-from device import DTYPES, there
+from device import DTYPES, INTERPRETED, there
 
 from fastattn import sample
+from fastattn.kernels import launch
 from fastattn.kernels.launch import fixed_blocks
 
 PARAMETERS = {
@@ -93,3 +94,13 @@ def test_extreme_logits():
         {"temperature": 1e30, "top_k": 2},
     ):
         check(logits, seeds=4, **call)
+
+
+if not INTERPRETED:  # Triton's tuner wants a device
+
+    def test_the_tuned_choice_draws_the_same_tokens(monkeypatch):
+        monkeypatch.setattr(launch, "_fixed", {})
+        logits = torch.randn(2, 300)
+        expected = sample(there(logits), seeds=5, top_p=0.8, top_k=40, backend="triton")
+        monkeypatch.setenv("FASTATTN_TRITON_AUTOTUNE", "1")
+        assert torch.equal(sample(there(logits), seeds=5, top_p=0.8, top_k=40, backend="triton"), expected)
