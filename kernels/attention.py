@@ -30,7 +30,7 @@ def forward_config(q: Tensor, v: Tensor) -> dict[str, int]:
 
 @triton.jit
 def attend(
-    q, rows, seq, modifiers, dropout, k, v, k_batch, k_row, v_batch, v_row, page_size, headdim, headdim_v,
+    q, rows, seq, table, modifiers, dropout, k, v, k_batch, k_row, v_batch, v_row, page_size, headdim, headdim_v,
     first_key, last_key,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     EVEN_D: tl.constexpr, EVEN_DV: tl.constexpr, PRECISION: tl.constexpr,
@@ -58,14 +58,14 @@ def attend(
             for n in range(lo, hi, BLOCK_N):
                 j = n + tl.arange(0, BLOCK_N)  # (BLOCK_N,)
                 inside = j < seq.seqlen_k
-                at = P.key_rows(seq, j, inside, page_size, k_batch, k_row)
+                at = P.key_rows(seq, table, j, inside, page_size, k_batch, k_row)
                 keys = P.load_rows(k, at, inside, headdim, BLOCK_D, EVEN_D, phase != 1)  # (BLOCK_N, BLOCK_D)
                 s = tl.dot(q, tl.trans(keys), input_precision=PRECISION)  # (BLOCK_M, BLOCK_N)
                 s, _ = P.modify(s, rows, seq, j, modifiers, phase != 1)
                 keep = None
                 if dropout is not None:
                     keep = P.dropout_keep(dropout, rows, n, BLOCK_M, BLOCK_N)
-                at = P.key_rows(seq, j, inside, page_size, v_batch, v_row)
+                at = P.key_rows(seq, table, j, inside, page_size, v_batch, v_row)
                 values = P.load_rows(
                     v, at, inside, headdim_v, BLOCK_DV, EVEN_DV, phase != 1
                 )  # (BLOCK_N, BLOCK_DV)
@@ -95,16 +95,20 @@ def attention_forward_kernel(
     b = pid // tiles // nheads
     if right is not None:
         tile = tiles - 1 - tile
-    seq = P.sequence_of(
-        b, cu_seqlens_q, cu_seqlens_k, seqlens_k, leftpad, batch_idx, table, table_batch, seqlen_q, seqlen_k
-    )
+    seq = P.sequence_of(b, cu_seqlens_q, cu_seqlens_k, seqlens_k, leftpad, batch_idx, seqlen_q, seqlen_k)
+    if table is not None:
+        table = table + b.to(tl.int64) * table_batch
     if tile * BLOCK_M >= seq.seqlen_q:
         return
     rows = P.rows_of(tile, head.to(tl.int32), seq.seqlen_q, BLOCK_M, 1)
-    modifiers = P.modifiers_of(
-        b, rows, scale, softcap, slopes, slopes_batch, bias, bias_batch, bias_head, bias_row, bias_key,
-        mask, mask_batch, mask_head, mask_row, mask_key, left, right,
-    )  # fmt: skip
+    slope, bias_at, mask_at = slopes, bias, mask
+    if slopes is not None:
+        slope = P.slopes_of(b, rows, slopes, slopes_batch)
+    if bias is not None:
+        bias_at = P.row_pointers(bias, b, rows, bias_batch, bias_head, bias_row)
+    if mask is not None:
+        mask_at = P.row_pointers(mask, b, rows, mask_batch, mask_head, mask_row)
+    modifiers = P.Modifiers(scale, softcap, slope, bias_at, bias_key, mask_at, mask_key, left, right)
     dropout = None
     if rng_state is not None:
         dropout = P.dropout_of(b, nheads, rows, rng_state, dropout_threshold)
@@ -113,7 +117,7 @@ def attention_forward_kernel(
     queries = P.load_rows(q, at, rows.inside, headdim, BLOCK_D, EVEN_D, True)  # (BLOCK_M, BLOCK_D)
     kv_head = head // GROUP
     state = attend(
-        queries, rows, seq, modifiers, dropout, k + kv_head * k_head, v + kv_head * v_head,
+        queries, rows, seq, table, modifiers, dropout, k + kv_head * k_head, v + kv_head * v_head,
         k_batch, k_row, v_batch, v_row, page_size, headdim, headdim_v, 0, seq.seqlen_k,
         BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, EVEN_D, EVEN_DV, PRECISION,
     )  # fmt: skip

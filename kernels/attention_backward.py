@@ -108,16 +108,20 @@ def attention_dq_kernel(
     b = pid // tiles // nheads
     if right is not None:
         tile = tiles - 1 - tile
-    seq = P.sequence_of(
-        b, cu_seqlens_q, cu_seqlens_k, seqlens_k, leftpad, batch_idx, table, table_batch, seqlen_q, seqlen_k
-    )
+    seq = P.sequence_of(b, cu_seqlens_q, cu_seqlens_k, seqlens_k, leftpad, batch_idx, seqlen_q, seqlen_k)
+    if table is not None:
+        table = table + b.to(tl.int64) * table_batch
     if tile * BLOCK_M >= seq.seqlen_q:
         return
     rows = P.rows_of(tile, head.to(tl.int32), seq.seqlen_q, BLOCK_M, 1)
-    modifiers = P.modifiers_of(
-        b, rows, scale, softcap, slopes, slopes_batch, bias, bias_batch, bias_head, bias_row, bias_key,
-        mask, mask_batch, mask_head, mask_row, mask_key, left, right,
-    )  # fmt: skip
+    slope, bias_at, mask_at = slopes, bias, mask
+    if slopes is not None:
+        slope = P.slopes_of(b, rows, slopes, slopes_batch)
+    if bias is not None:
+        bias_at = P.row_pointers(bias, b, rows, bias_batch, bias_head, bias_row)
+    if mask is not None:
+        mask_at = P.row_pointers(mask, b, rows, mask_batch, mask_head, mask_row)
+    modifiers = P.Modifiers(scale, softcap, slope, bias_at, bias_key, mask_at, mask_key, left, right)
     dropout = None
     if rng_state is not None:
         dropout = P.dropout_of(b, nheads, rows, rng_state, dropout_threshold)
@@ -142,20 +146,22 @@ def attention_dq_kernel(
             for n in range(lo, hi, BLOCK_N):
                 j = n + tl.arange(0, BLOCK_N)  # (BLOCK_N,)
                 inside = j < seq.seqlen_k
-                key_at = P.key_rows(seq, j, inside, page_size, k_batch, k_row) + kv_head * k_head
+                key_at = P.key_rows(seq, table, j, inside, page_size, k_batch, k_row) + kv_head * k_head
                 keys = P.load_rows(
                     k, key_at, inside, headdim, BLOCK_D, EVEN_D, phase != 1
                 )  # (BLOCK_N, BLOCK_D)
-                value_at = P.key_rows(seq, j, inside, page_size, v_batch, v_row) + kv_head * v_head
+                value_at = P.key_rows(seq, table, j, inside, page_size, v_batch, v_row) + kv_head * v_head
                 values = P.load_rows(v, value_at, inside, headdim_v, BLOCK_DV, EVEN_DV, phase != 1)
                 _, ds, capped = score_gradients(
                     queries, keys, values, do, log_sum, row_delta, rows, seq, j, modifiers, dropout, dropout_scale,
                     BLOCK_M, BLOCK_N, PRECISION, phase != 1,
                 )  # fmt: skip
                 if dbias is not None:
-                    bias_at = b * dbias_batch + head * dbias_head + rows.i.to(tl.int64) * dbias_row
+                    dbias_at = b * dbias_batch + head * dbias_head + rows.i.to(tl.int64) * dbias_row
                     tl.store(
-                        dbias + bias_at[:, None] + j[None, :], ds, mask=rows.inside[:, None] & inside[None, :]
+                        dbias + dbias_at[:, None] + j[None, :],
+                        ds,
+                        mask=rows.inside[:, None] & inside[None, :],
                     )
                 acc = tl.dot(capped.to(keys.dtype), keys, acc, input_precision=PRECISION)
     d = tl.arange(0, BLOCK_D)
@@ -187,24 +193,17 @@ def attention_dkdv_kernel(
     sequence = pid // blocks // kv_heads
     b = sequence.to(tl.int64)
     seq = P.sequence_of(
-        sequence,
-        cu_seqlens_q,
-        cu_seqlens_k,
-        seqlens_k,
-        leftpad,
-        batch_idx,
-        table,
-        table_batch,
-        seqlen_q,
-        seqlen_k,
+        sequence, cu_seqlens_q, cu_seqlens_k, seqlens_k, leftpad, batch_idx, seqlen_q, seqlen_k
     )
+    if table is not None:
+        table = table + b * table_batch
     if first_key >= seq.seqlen_k:
         return
     j = first_key + tl.arange(0, BLOCK_N)  # (BLOCK_N,)
     inside = j < seq.seqlen_k
-    key_row = P.key_rows(seq, j, inside, page_size, k_batch, k_row) + kv_head * k_head
+    key_row = P.key_rows(seq, table, j, inside, page_size, k_batch, k_row) + kv_head * k_head
     keys = P.load_rows(k, key_row, inside, headdim, BLOCK_D, EVEN_D, True)  # (BLOCK_N, BLOCK_D)
-    value_row = P.key_rows(seq, j, inside, page_size, v_batch, v_row) + kv_head * v_head
+    value_row = P.key_rows(seq, table, j, inside, page_size, v_batch, v_row) + kv_head * v_head
     values = P.load_rows(v, value_row, inside, headdim_v, BLOCK_DV, EVEN_DV, True)  # (BLOCK_N, BLOCK_DV)
     acc_k = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     acc_v = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
@@ -213,10 +212,14 @@ def attention_dkdv_kernel(
         head = kv_head * GROUP + member
         for m in range(begin, end, BLOCK_M):
             rows = P.rows_of(m // BLOCK_M, head.to(tl.int32), seq.seqlen_q, BLOCK_M, 1)
-            modifiers = P.modifiers_of(
-                sequence, rows, scale, softcap, slopes, slopes_batch, bias, bias_batch, bias_head, bias_row, bias_key,
-                mask, mask_batch, mask_head, mask_row, mask_key, left, right,
-            )  # fmt: skip
+            slope, bias_at, mask_at = slopes, bias, mask
+            if slopes is not None:
+                slope = P.slopes_of(sequence, rows, slopes, slopes_batch)
+            if bias is not None:
+                bias_at = P.row_pointers(bias, sequence, rows, bias_batch, bias_head, bias_row)
+            if mask is not None:
+                mask_at = P.row_pointers(mask, sequence, rows, mask_batch, mask_head, mask_row)
+            modifiers = P.Modifiers(scale, softcap, slope, bias_at, bias_key, mask_at, mask_key, left, right)
             dropout = None
             if rng_state is not None:
                 dropout = P.dropout_of(sequence, nheads, rows, rng_state, dropout_threshold)
@@ -235,11 +238,11 @@ def attention_dkdv_kernel(
             acc_v = tl.dot(tl.trans(kept.to(do.dtype)), do, acc_v, input_precision=PRECISION)
             acc_k = tl.dot(tl.trans(capped.to(queries.dtype)), queries, acc_k, input_precision=PRECISION)
     d = tl.arange(0, BLOCK_D)
-    at = P.key_rows(seq, j, inside, page_size, dk_batch, dk_row) + kv_head * dk_head
+    at = P.key_rows(seq, table, j, inside, page_size, dk_batch, dk_row) + kv_head * dk_head
     stored = inside[:, None] & (d < headdim)[None, :]
     tl.store(dk + at[:, None] + d[None, :], (acc_k * scale).to(dk.dtype.element_ty), mask=stored)
     d = tl.arange(0, BLOCK_DV)
-    at = P.key_rows(seq, j, inside, page_size, dv_batch, dv_row) + kv_head * dv_head
+    at = P.key_rows(seq, table, j, inside, page_size, dv_batch, dv_row) + kv_head * dv_head
     stored = inside[:, None] & (d < headdim_v)[None, :]
     tl.store(dv + at[:, None] + d[None, :], acc_v.to(dv.dtype.element_ty), mask=stored)
 

@@ -67,14 +67,18 @@ def attention_decode_kernel(
     kv_head = pid // tiles // splits % kv_heads
     b = pid // tiles // splits // kv_heads
     batch = tl.num_programs(0) // (tiles * splits * kv_heads)
-    seq = P.sequence_of(
-        b, cu_seqlens_q, cu_seqlens_k, seqlens_k, leftpad, batch_idx, table, table_batch, seqlen_q, seqlen_k
-    )
+    seq = P.sequence_of(b, cu_seqlens_q, cu_seqlens_k, seqlens_k, leftpad, batch_idx, seqlen_q, seqlen_k)
+    if table is not None:
+        table = table + b.to(tl.int64) * table_batch
     rows = P.rows_of(tile, kv_head, seq.seqlen_q, BLOCK_M, GROUP)
-    modifiers = P.modifiers_of(
-        b, rows, scale, softcap, slopes, slopes_batch, bias, bias_batch, bias_head, bias_row, bias_key,
-        mask, mask_batch, mask_head, mask_row, mask_key, left, right,
-    )  # fmt: skip
+    slope, bias_at, mask_at = slopes, bias, mask
+    if slopes is not None:
+        slope = P.slopes_of(b, rows, slopes, slopes_batch)
+    if bias is not None:
+        bias_at = P.row_pointers(bias, b, rows, bias_batch, bias_head, bias_row)
+    if mask is not None:
+        mask_at = P.row_pointers(mask, b, rows, mask_batch, mask_head, mask_row)
+    modifiers = P.Modifiers(scale, softcap, slope, bias_at, bias_key, mask_at, mask_key, left, right)
     dropout = None
     if rng_state is not None:
         dropout = P.dropout_of(b, nheads, rows, rng_state, dropout_threshold)
@@ -84,7 +88,7 @@ def attention_decode_kernel(
     first_key = split * SPLIT * split_factor
     last_key = tl.minimum(first_key + SPLIT * split_factor, seq.seqlen_k)
     state = attend(
-        queries, rows, seq, modifiers, dropout, k + kv_head * k_head, v + kv_head * v_head,
+        queries, rows, seq, table, modifiers, dropout, k + kv_head * k_head, v + kv_head * v_head,
         k_batch, k_row, v_batch, v_row, page_size, headdim, headdim_v, first_key, last_key,
         BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, EVEN_D, EVEN_DV, PRECISION,
     )  # fmt: skip

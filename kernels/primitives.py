@@ -32,13 +32,12 @@ class Sequence(NamedTuple):
     seqlen_k: tl.tensor
     k_first: tl.tensor  # int64, the row of k and v (of the pages' list, if paged) where its keys begin
     kv_batch: tl.tensor  # int64, the batch row of k and v
-    table: tl.tensor  # its list of pages, or None
 
 
 class Modifiers(NamedTuple):
     """What becomes of a score between q.k and softmax; rows of pointers where it depends on the row."""
 
-    scale: tl.tensor  # softmax_scale, times log2 e without softcap
+    scale: tl.tensor  # softmax_scale
     softcap: tl.tensor  # or None
     slope: tl.tensor  # (ROWS,) times log2 e, or None
     bias: tl.tensor  # (ROWS,) pointers, or None
@@ -67,9 +66,7 @@ class Dropout(NamedTuple):
 
 
 @triton.jit
-def sequence_of(
-    b, cu_seqlens_q, cu_seqlens_k, seqlens_k, leftpad, batch_idx, table, table_batch, seqlen_q, seqlen_k
-):
+def sequence_of(b, cu_seqlens_q, cu_seqlens_k, seqlens_k, leftpad, batch_idx, seqlen_q, seqlen_k):
     """Sequence number ``b`` of a call; the sizes given are those of a call whose sequences are all alike."""
     q_first = tl.zeros([], tl.int64)
     k_first = tl.zeros([], tl.int64)
@@ -92,9 +89,7 @@ def sequence_of(
             seqlen_k = tl.maximum(seqlen_k - begin, 0)
         if batch_idx is not None:
             kv_batch = tl.load(batch_idx + b).to(tl.int64)
-        if table is not None:
-            table = table + b.to(tl.int64) * table_batch
-    return Sequence(q_first, seqlen_q, seqlen_k, k_first, kv_batch, table)
+    return Sequence(q_first, seqlen_q, seqlen_k, k_first, kv_batch)
 
 
 @triton.jit
@@ -108,30 +103,27 @@ def rows_of(tile, kv_head, seqlen_q, BLOCK_M: tl.constexpr, GROUP: tl.constexpr)
 
 
 @triton.jit
-def modifiers_of(
-    b, rows, scale, softcap, slopes, slopes_batch, bias, bias_batch, bias_head, bias_row, bias_key,
-    mask, mask_batch, mask_head, mask_row, mask_key, left, right,
-):  # fmt: skip
-    """The modifiers of one tile of rows of sequence ``b``."""
-    if softcap is None:
-        scale = scale * LOG2E
-    slope = slopes
-    if slopes is not None:
-        slope = tl.load(slopes + b * slopes_batch + rows.head, mask=rows.inside, other=0.0) * LOG2E
-    batch, head, row = b.to(tl.int64), rows.head.to(tl.int64), rows.i.to(tl.int64)
-    if bias is not None:
-        bias = bias + (batch * bias_batch + head * bias_head + row * bias_row)
-    if mask is not None:
-        mask = mask + (batch * mask_batch + head * mask_head + row * mask_row)
-    return Modifiers(scale, softcap, slope, bias, bias_key, mask, mask_key, left, right)
+def slopes_of(b, rows, slopes, slopes_batch):
+    """(ROWS,) ALiBi slopes, times log2 e."""
+    return tl.load(slopes + b * slopes_batch + rows.head, mask=rows.inside, other=0.0) * LOG2E
 
 
 @triton.jit
-def key_rows(seq, j, inside, page_size, stride_batch, stride_row):
-    """Offsets (KEYS,) int64 of keys ``j`` in k or v; ``inside`` guards the list of pages, None = all are."""
+def row_pointers(x, b, rows, stride_batch, stride_head, stride_row):
+    """(ROWS,) pointers into a (batch, nheads, seqlen_q, seqlen_k) tensor."""
+    return x + (
+        b.to(tl.int64) * stride_batch
+        + rows.head.to(tl.int64) * stride_head
+        + rows.i.to(tl.int64) * stride_row
+    )
+
+
+@triton.jit
+def key_rows(seq, table, j, inside, page_size, stride_batch, stride_row):
+    """Offsets (KEYS,) int64 of keys ``j`` in k or v; ``table`` is the sequence's list of pages, or None."""
     place = seq.k_first + j
-    if seq.table is not None:
-        page = tl.load(seq.table + place // page_size, mask=inside, other=0).to(tl.int64)
+    if table is not None:
+        page = tl.load(table + place // page_size, mask=inside, other=0).to(tl.int64)
         return page * stride_batch + place % page_size * stride_row
     return seq.kv_batch * stride_batch + place * stride_row
 
@@ -177,7 +169,7 @@ def modify(s, rows, seq, j, modifiers, MASKED: tl.constexpr):
         derivative = 1.0 - t * t
         s = t * (modifiers.softcap * LOG2E)
     else:
-        s = s * modifiers.scale
+        s = s * (modifiers.scale * LOG2E)
     offset = seq.seqlen_k - seq.seqlen_q
     ok = rows.inside[:, None] & (j < seq.seqlen_k)[None, :]
     if modifiers.bias is not None:

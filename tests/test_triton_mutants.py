@@ -61,7 +61,7 @@ MUTANTS = {
         "tl.maximum(rows.last + offset - left, 0) // BLOCK_N * BLOCK_N", "test_triton_forward.py::test_blocks",
     ),
     "page of the place before the padding": Mutant(
-        "primitives.py", "seq.table + place // page_size", "seq.table + j // page_size",
+        "primitives.py", "table + place // page_size", "table + j // page_size",
         "test_triton_decode.py::test_cache",
     ),
     "split one key too long": Mutant(
