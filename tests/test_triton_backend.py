@@ -1,4 +1,4 @@
-"""torch.compile sees through: what it gets of a GPU's tensors are Triton's kernels, not an operator around them."""
+"""The Triton backend where there is no GPU: what it says, what it refuses by name, and what torch.compile sees of it."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from tree import run
 
 from fastattn import attention, available_backends, ops
-from fastattn.args import AttentionArgs
-from fastattn.backends import triton
+from fastattn.args import AttentionArgs, SamplingArgs
+from fastattn.backends import resolve, triton
 
 pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
 
@@ -35,6 +35,31 @@ def gpu(monkeypatch):
         yield mode
 
 
+@pytest.mark.parametrize(("change", "lacks"), [
+    ({"dtype": torch.float64}, "lacks dtype 'float64'"),
+    ({"device": "meta"}, "lacks device 'meta'"),
+    ({"k": {"dtype": torch.int8}}, "lacks 'kv_dtype'"),
+    ({"needs_grad": True, "block_table": {"dtype": torch.int32}}, "lacks 'gradients'"),
+])  # fmt: skip
+def test_what_it_lacks_is_named(gpu, change, lacks):
+    place = {"device": change.get("device", "cuda"), "dtype": change.get("dtype", torch.float16)}
+    more = {n: x for n, x in change.items() if n not in place}
+    tensors = {n: torch.empty(2, 4, 2, 16, **place) for n in "qkv"}
+    tensors |= {n: torch.empty(2, 4, 2, 16, **place | x) for n, x in more.items() if isinstance(x, dict)}
+    args = AttentionArgs(**tensors, softmax_scale=1.0, needs_grad=more.get("needs_grad", False))
+    assert triton.supports(args) == lacks
+
+
+def test_it_serves_what_it_says(gpu):
+    q = torch.empty(2, 4, 2, 16, device="cuda", dtype=torch.bfloat16)
+    assert resolve("auto", AttentionArgs(q, q, q, softmax_scale=1.0, softcap=2.0)) is triton
+    for dtype in (torch.float32, torch.float64):
+        logits = torch.empty(2, 100, device="cuda", dtype=dtype)
+        assert resolve("auto", SamplingArgs(logits, 1.0, 0, 1.0, 0.0, 0, 0)) is triton
+    long = torch.empty(1, 1 << 22, device="cuda")
+    assert "vocabularies" in triton.supports(SamplingArgs(long, 1.0, 0, 1.0, 0.0, 0, 0))
+
+
 def kernels_of(function, *inputs):
     graph = make_fx(dispatch_functionalize(function))(*inputs).graph
     targets = [str(node.target) for node in graph.nodes if node.op == "call_function"]
@@ -42,14 +67,14 @@ def kernels_of(function, *inputs):
     return sum("triton_kernel_wrapper" in t for t in targets)
 
 
-def test_forward(gpu):
+def test_compile_sees_the_kernels_of_the_forward_pass(gpu):
     q, k, v = (torch.empty(2, n, 4, 64, device="cuda", dtype=torch.float16) for n in (128, 256, 256))
     assert kernels_of(lambda *x: attention(*x, causal=True), q, k, v) == 1
     one = torch.empty(2, 1, 4, 64, device="cuda", dtype=torch.float16)
     assert kernels_of(attention, one, k, v) == 2  # decode and combine
 
 
-def test_backward(gpu):
+def test_compile_sees_the_kernels_of_the_backward_pass(gpu):
     q, k, v, out, dout = (torch.empty(2, 128, 4, 64, device="cuda", dtype=torch.float16) for _ in range(5))
     lse, dlse = (torch.empty(2, 4, 128, device="cuda") for _ in range(2))
 
