@@ -89,9 +89,9 @@ MUTANTS = {
         "sampling.py", "found = tl.min(tl.where((running >= target)", "found = tl.max(tl.where((running >= target)",
         "test_triton_sampling.py::test_top_k_keeps_the_lower_ids_of_ties",
     ),
-    "nucleus without the crossing token": Mutant(
+    "nucleus too small": Mutant(
         "sampling.py", "target = tl.ceil(top_p * total.to(tl.float64))", "target = tl.ceil(0.9 * top_p * total.to(tl.float64))",
-        "test_triton_sampling.py::test_the_tokens_of_the_definition",
+        "test_triton_sampling.py::test_the_kept_sets[top_p]",
     ),
 }  # fmt: skip
 

@@ -47,6 +47,19 @@ def test_the_tokens_of_the_definition(name):
     check(logits, seeds=torch.arange(6) * 2**40 - 5, positions=torch.arange(6) * 2**33, **PARAMETERS[name])
 
 
+@pytest.mark.parametrize("name", ["top_k", "top_p", "min_p"])
+def test_the_kept_sets(name):
+    """Eight tokens of almost the same weight: one kept too many, or too few, is soon drawn or missed."""
+    rows = 32
+    logits = torch.randn(rows, 8) * 0.2
+    value = (
+        torch.arange(rows) % 8 + 1
+        if name == "top_k"
+        else torch.linspace(0.05, 0.99, rows, dtype=torch.float64)
+    )
+    check(logits, seeds=torch.arange(rows), **{name: value})
+
+
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
 def test_dtypes_and_row_strides(dtype):
     logits = torch.randn(4, 150).to(dtype)
