@@ -47,7 +47,7 @@ def load_logits(logits, ids, vocab):
 def sort_key(x):
     """uint32 keys ordered as the floats are."""
     bits = x.to(tl.uint32, bitcast=True)
-    return tl.where(bits >> 31 != 0, ~bits, bits | 0x80000000)
+    return tl.where(bits >> 31 != 0, bits ^ 0xFFFFFFFF, bits | 0x80000000)
 
 
 @triton.jit
@@ -173,7 +173,7 @@ def race(logits, vocab, seed, position, cut_key, cut_id, log_min_p, top, tempera
         key = sort_key(x)
         kept = (x > float("-inf")) & ((key > cut_key) | ((key == cut_key) & (ids <= cut_id)))
         # An upper bound in float32: -log(uniform) >= 1 - uniform, and 2^-8 covers the rounding.
-        rest = (~words >> 1).to(tl.float32) * 4.656612873077393e-10  # 1 - uniform, 2^-31
+        rest = ((words ^ 0xFFFFFFFF) >> 1).to(tl.float32) * 4.656612873077393e-10  # 1 - uniform, 2^-31
         bound = (x * 0.5 - half_top) * scale - tl.log(rest)
         bound = tl.where(kept, bound + 0.00390625 + tl.abs(bound) * 1e-6, float("-inf"))
         if tl.max(bound, 0).to(tl.float64) >= best:
