@@ -28,6 +28,7 @@ lint: $(VENV)/.lint
 bench: build $(VENV)/.test
 	$(PIP) --no-build-isolation --editable '.[model,test,bench]'
 	$(BIN)/python benchmarks/bench.py attention --save
+	$(BIN)/python benchmarks/bench.py sampling --save
 	$(BIN)/python benchmarks/bench.py generate --save
 	$(BIN)/python benchmarks/bench.py models --save
 	$(BIN)/python benchmarks/report.py

@@ -177,6 +177,77 @@ def models_table(record: Row) -> list[str]:
     ]
 
 
+def sampling_table(record: Row) -> list[str]:
+    """Microseconds and reads of each work, the peers beside, and the other kinds a sentence each."""
+    kinds: dict[str, list[Row]] = {}
+    for row in record["rows"]:
+        kinds.setdefault(row["kind"], []).append(row)
+    vocabularies = sorted({row["vocab"] for row in kinds["work"]})
+    by_work: dict[str, dict[int, Row]] = {}
+    for row in kinds["work"]:
+        by_work.setdefault(row["work"], {})[row["vocab"]] = row
+    lines = [
+        "Microseconds of a call, reads of the row beyond a call's fixed cost, times faster than transformers' "
+        "processors with softmax and multinomial; batch 1, one thread; *italics* miss what we require.",
+        "",
+        f"| sampling from | {' | '.join(map(str, vocabularies))} | required |",
+        "|---" * (len(vocabularies) + 2) + "|",
+    ]
+    for work, by_vocab in by_work.items():
+        cells = [sampling_cell(by_vocab[vocab]) if vocab in by_vocab else "" for vocab in vocabularies]
+        (need,) = {tuple(row["required"].items()) for row in by_vocab.values()}
+        wanted = ", ".join(
+            f"{limit:.0f} reads" if name == "reads" else f"{limit:.0f}x" for name, limit in need
+        )
+        lines.append(f"| {work} | {' | '.join(cells)} | {wanted} |")
+    if penalties := {row["vocab"]: row for row in kinds.get("penalties", [])}:
+        cells = [
+            marked(f"{penalties[vocab]['reads']:.1f} reads more", penalties[vocab])
+            if vocab in penalties
+            else ""
+            for vocab in vocabularies
+        ]
+        (first, *_) = penalties.values()
+        lines.append(
+            f"| {first['work']} | {' | '.join(cells)} | {first['required']['reads']:.0f} read more |"
+        )
+    return [*lines, "", *sampling_sentences(kinds), "", footnote(record["environment"])]
+
+
+def sampling_cell(row: Row) -> str:
+    """Microseconds, reads, speed-up over transformers."""
+    us = row["seconds"]["fastattn"]["min"] * 1e6
+    return marked(f"{us:.0f} us, {row['reads']:.1f} reads, {row['speedup']:.0f}x", row)
+
+
+def sampling_sentences(kinds: dict[str, list[Row]]) -> list[str]:
+    """The other peers, rows that are meant to hurt, batches, and a call's fixed cost."""
+    lines = []
+    beside = [row for row in kinds["work"] if len(row["speedups"]["min"]) > 1]
+    for peer, name in (("torch.topk", "`torch.topk` and multinomial"), ("partial_sort", "llama.cpp's way")):
+        times = [f"{row['speedups']['min'][peer]:.1f}x ({row['vocab']})" for row in beside]
+        if times:
+            lines.append(f"* {beside[0]['work']}, speed-up over {name}: {', '.join(times)}.")
+    if hurt := kinds.get("adversarial"):
+        worst = max(hurt, key=lambda row: row["times"])
+        missed, most = sum(not row["met"] for row in hurt), worst["required"]["times"]
+        lines.append(
+            f"* Rows ascending, all equal and of two values: at most {marked(format(worst['times'], '.1f'), worst)} "
+            f"times the random row ({worst['work']}, {worst['row']}, {worst['vocab']}); {missed} of {len(hurt)} are "
+            f"above {most:.0f} times."
+        )
+    if batch := kinds.get("batch"):
+        speedups = [f"{marked(format(row['speedup'], '.2f'), row)}" for row in batch]
+        lines.append(
+            f"* Batch {batch[0]['batch']}, two threads over one, in the order of the table: {', '.join(speedups)}."
+        )
+    for row in kinds.get("fixed", []):
+        lines.append(
+            f"* A call's fixed cost: {marked(format(row['call_seconds'] * 1e6, '.1f') + ' us', row)}."
+        )
+    return lines
+
+
 def footnote(environment: Row) -> str:
     """Where and when."""
     e = environment
@@ -192,7 +263,7 @@ def digest() -> str:
 
 
 TABLES = {
-    "README.md": {"attention": attention_table, "generate": generate_table},
+    "README.md": {"attention": attention_table, "sampling": sampling_table, "generate": generate_table},
     "docs/drop-in.md": {"models": models_table},
 }
 

@@ -40,7 +40,7 @@ PyObject* run(PyObject* const* args, bool heads_first, bool shares_heads) {
   const char* forced = std::getenv("FASTATTN_BACKEND");
   if (!binding().exchange || (forced && *forced) || !PyBool_Check(args[3])) Py_RETURN_NONE;
   AttentionParams p{};
-  Rows q, k, v, out_rows;
+  HeadRows q, k, v, out_rows;
   DType k_dtype, v_dtype;
   if (!rows_of(args[0], heads_first, &q, &p.dtype) || !rows_of(args[1], heads_first, &k, &k_dtype) ||
       !rows_of(args[2], heads_first, &v, &v_dtype) || p.dtype != k_dtype || p.dtype != v_dtype ||

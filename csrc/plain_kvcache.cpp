@@ -66,7 +66,7 @@ bool read_table(PyObject* object, DLTensor* out) {
          out->dtype.lanes == 1 && out->strides[1] == 1 && out->strides[0] == out->shape[1];
 }
 
-bool same_shape(const Rows& x, int64_t batch, int64_t seqlen, int64_t heads, int64_t dim) {
+bool same_shape(const HeadRows& x, int64_t batch, int64_t seqlen, int64_t heads, int64_t dim) {
   return x.batch == batch && x.seqlen == seqlen && x.heads == heads && x.dim == dim;
 }
 
@@ -88,7 +88,7 @@ bool fill_append(PyObject* const* args, const AttentionParams& p, int64_t longes
   if ((args[kK] == Py_None) != (args[kV] == Py_None) || (args[kCos] == Py_None) != (args[kSin] == Py_None))
     return false;
   if (args[kK] != Py_None) {
-    Rows k, v;
+    HeadRows k, v;
     DType k_dtype, v_dtype;
     if (!rows_of(args[kK], false, &k, &k_dtype) || !rows_of(args[kV], false, &v, &v_dtype) || k_dtype != p.dtype ||
         v_dtype != p.dtype || !same_shape(k, p.batch, k.seqlen, p.nheads_k, p.headdim) ||
@@ -116,7 +116,7 @@ bool fill_append(PyObject* const* args, const AttentionParams& p, int64_t longes
 PyObject* step(PyObject* const* args) {
   AttentionParams p{};
   KVAppendParams a{};
-  Rows q, k_cache, v_cache;
+  HeadRows q, k_cache, v_cache;
   DType v_dtype;
   Lengths lengths;
   if (!rows_of(args[kQ], false, &q, &p.dtype) || !rows_of(args[kKCache], false, &k_cache, &p.kv.dtype) ||
@@ -133,7 +133,7 @@ PyObject* step(PyObject* const* args) {
   p.kv.seqlens = a.kv.seqlens = lengths.data;
   PyObject* out = make_out(args[kQ], q, p.headdim_v, false);
   PyObject* turned = out && a.rotary_cos ? make_out(args[kQ], q, p.headdim, false) : nullptr;
-  Rows rows;
+  HeadRows rows;
   bool fits = out && read_rows(out, false, &rows, &v_dtype);
   if (fits) p.out = rows.view();
   if (fits && a.rotary_cos) fits = turned && read_rows(turned, false, &rows, &v_dtype);

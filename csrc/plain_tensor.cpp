@@ -38,7 +38,7 @@ bool read_tensor(PyObject* object, DLTensor* out) {
   return is_plain(object) && binding().exchange->view(object, out) == 0 && out->device.type == kDLCpu && out->strides;
 }
 
-bool read_rows(PyObject* object, bool heads_first, Rows* out, DType* dtype) {
+bool read_rows(PyObject* object, bool heads_first, HeadRows* out, DType* dtype) {
   DLTensor t;
   if (binding().exchange->view(object, &t) != 0) return false;
   if (t.device.type != kDLCpu || t.ndim != 4 || !is_float(t.dtype, dtype) || !t.strides) return false;
@@ -55,11 +55,11 @@ bool read_rows(PyObject* object, bool heads_first, Rows* out, DType* dtype) {
   return out->has_unit_stride();
 }
 
-bool rows_of(PyObject* object, bool heads_first, Rows* out, DType* dtype) {
+bool rows_of(PyObject* object, bool heads_first, HeadRows* out, DType* dtype) {
   return is_plain(object) && read_rows(object, heads_first, out, dtype);
 }
 
-PyObject* make_out(PyObject* object, const Rows& q, int64_t headdim_v, bool heads_first) {
+PyObject* make_out(PyObject* object, const HeadRows& q, int64_t headdim_v, bool heads_first) {
   const Binding& b = binding();
   if (headdim_v == q.dim && (heads_first || q.is_contiguous())) return PyObject_CallOneArg(b.empty_like, object);
   PyObject* shape =
@@ -70,7 +70,7 @@ PyObject* make_out(PyObject* object, const Rows& q, int64_t headdim_v, bool head
   return out;
 }
 
-bool fill_attention(const Rows& q, const Rows& k, const Rows& v, PyObject* scale, AttentionParams* p) {
+bool fill_attention(const HeadRows& q, const HeadRows& k, const HeadRows& v, PyObject* scale, AttentionParams* p) {
   if (k.batch != q.batch || v.batch != q.batch || k.seqlen != v.seqlen || v.heads != k.heads || k.heads == 0 ||
       q.heads == 0 || q.heads % k.heads != 0 || k.dim != q.dim || q.dim < 1 || q.dim > kMaxHeaddim || v.dim < 1 ||
       v.dim > kMaxHeaddim)

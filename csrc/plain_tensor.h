@@ -62,7 +62,7 @@ bool read_tensor(PyObject* object, DLTensor* out);
 inline void* data_of(const DLTensor& t) { return static_cast<char*>(t.data) + t.byte_offset; }
 
 // A tensor by the meaning of its dimensions, whichever way they lie.
-struct Rows {
+struct HeadRows {
   char* data;
   int64_t batch, seqlen, heads, dim;
   int64_t stride_batch, stride_seqlen, stride_heads, stride_dim;
@@ -77,16 +77,16 @@ struct Rows {
 
 // Reads a float tensor (batch, seqlen, heads, dim), or torch SDPA's (batch, heads, seqlen, dim), with unit stride along
 // dim; false, perhaps with an exception set, for anything else.
-bool read_rows(PyObject* object, bool heads_first, Rows* out, DType* dtype);
+bool read_rows(PyObject* object, bool heads_first, HeadRows* out, DType* dtype);
 
 // The same of one that wants no gradient and is no subclass.
-bool rows_of(PyObject* object, bool heads_first, Rows* out, DType* dtype);
+bool rows_of(PyObject* object, bool heads_first, HeadRows* out, DType* dtype);
 
 // A fresh (batch, seqlen_q, nheads, headdim_v), contiguous; heads first it lies in memory as q does, as torch's. Null
 // with an exception set where memory is exhausted.
-PyObject* make_out(PyObject* object, const Rows& q, int64_t headdim_v, bool heads_first);
+PyObject* make_out(PyObject* object, const HeadRows& q, int64_t headdim_v, bool heads_first);
 
 // Whether q, k, v and the scale make a valid call; then p's views of them, its sizes and its scale are filled.
-bool fill_attention(const Rows& q, const Rows& k, const Rows& v, PyObject* scale, AttentionParams* p);
+bool fill_attention(const HeadRows& q, const HeadRows& k, const HeadRows& v, PyObject* scale, AttentionParams* p);
 
 }  // namespace fastattn

@@ -17,8 +17,9 @@ from fastattn.backends.cpu import cpu_isa, cpu_isas
 from fastattn.kvcache import attention_with_kvcache
 from fastattn.merge import merge_states
 from fastattn.nn import MultiheadAttention
-from fastattn.sampling import sample
+from fastattn.sampling import SampledTokens, sample
 from fastattn.sdpa import scaled_dot_product_attention
+from fastattn.token_counts import TokenCounts
 from fastattn.varlen import attention_varlen
 
 __version__ = "0.1.0"
@@ -26,6 +27,8 @@ __version__ = "0.1.0"
 __all__ = [
     "LLM",
     "MultiheadAttention",
+    "SampledTokens",
+    "TokenCounts",
     "__version__",
     "attention",
     "attention_varlen",

@@ -4,7 +4,7 @@
 ``FASTATTN_BACKEND``) does it or raises, and never falls back.
 A row is a module with ``NAME``, ``FEATURES``, ``unavailable()``, ``is_misforced()`` (an environment variable asks it
 for what it cannot do: an error even for ``auto``), ``supports(args)`` and the operations
-``attention(args)``, ``append_kv(args)``, ``sample(args)``.
+``attention(args)``, ``append_kv(args)``, ``sample(args)``, ``survivors(args)``.
 """
 
 from __future__ import annotations
