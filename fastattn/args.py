@@ -164,6 +164,7 @@ class SamplingArgs(NamedTuple):
     positions: int | Tensor  # int64
     edits: LogitEdits | None = None
     logprobs: int = 0  # of how many of the best tokens; 0 = of none
+    survivors: bool = False  # asked for what the filters keep, not for a token
 
     @property
     def subject(self) -> Tensor:
@@ -172,7 +173,7 @@ class SamplingArgs(NamedTuple):
 
     def features(self) -> frozenset[str]:
         """Names of what this call needs beyond temperature, top_k, top_p and min_p."""
-        if self.edits is None and self.logprobs == 0:
+        if self.edits is None and self.logprobs == 0 and not self.survivors:
             return NO_FEATURES
         edits = self.edits or LogitEdits()
         used = {
@@ -180,5 +181,6 @@ class SamplingArgs(NamedTuple):
             "allowed": edits.allowed is not None,
             "penalties": edits.has_penalties,
             "logprobs": self.logprobs > 0,
+            "survivors": self.survivors,
         }
         return frozenset(name for name, is_used in used.items() if is_used)

@@ -20,7 +20,8 @@ CONFIGS = [
     {"BLOCK": 1024, "num_warps": 4, "num_stages": 1},
     {"BLOCK": 4096, "num_warps": 16, "num_stages": 1},
 ]
-SAMPLING_DOMAIN: tl.constexpr = tl.constexpr(0x73616D70)  # csrc/rng.h, kSamplingDomain
+GROUP_DOMAIN: tl.constexpr = tl.constexpr(0x73616D70)  # csrc/rng.h, kGroupDomain
+TOKEN_DOMAIN: tl.constexpr = tl.constexpr(0x746F6B6E)  # csrc/rng.h, kTokenDomain
 LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 LARGEST: tl.constexpr = tl.constexpr(3.4028234663852886e38)
 SMALLEST_SCALE: tl.constexpr = tl.constexpr(2.0**-1000)
@@ -148,6 +149,33 @@ def last_tie(
 
 
 @triton.jit
+def noise(seed, position, counter, domain: tl.constexpr):
+    """Three words of the Philox block of this counter; csrc/rng.h says what they make."""
+    zero = tl.zeros_like(counter).to(tl.uint32)
+    w0, w1, w2, _ = tl.philox(
+        seed,
+        counter.to(tl.uint32),
+        zero + (position & 0xFFFFFFFF).to(tl.uint32),
+        zero + (position >> 32).to(tl.uint32),
+        zero + domain,
+    )
+    return w0, w1, w2
+
+
+@triton.jit
+def one_minus(word):
+    """1 - uniform in float32, from below, of the uniform whose upper half this is."""
+    return ((word ^ 0xFFFFFFFF) >> 1).to(tl.float32) * 4.656612873077393e-10  # 2^-31
+
+
+@triton.jit
+def exponential(high, low):
+    """-log of the 52-bit uniform of two words."""
+    bits = (high.to(tl.uint64) << 20) | (low >> 12).to(tl.uint64)
+    return -tl.log((bits.to(tl.float64) + 0.5) * 2.220446049250313e-16)  # 2^-52
+
+
+@triton.jit
 def race(logits, vocab, seed, position, cut_key, cut_id, log_min_p, top, temperature, BLOCK: tl.constexpr):
     """argmax of (logit - top) / temperature + Gumbel over what the cut keeps, in double; the lower id among equals.
 
@@ -158,31 +186,22 @@ def race(logits, vocab, seed, position, cut_key, cut_id, log_min_p, top, tempera
     scale = tl.minimum((2.0 / temperature).to(tl.float32), LARGEST)
     half_top = top.to(tl.float32) * 0.5  # halves: the difference of two finite floats may overflow
     for first in range(0, vocab, BLOCK):
-        block = first // 4 + tl.arange(0, BLOCK // 4)  # (BLOCK / 4,): one Philox block for four tokens
-        zero = tl.zeros([BLOCK // 4], tl.uint32)
-        w0, w1, w2, w3 = tl.philox(
-            seed,
-            block.to(tl.uint32),
-            zero + (position & 0xFFFFFFFF).to(tl.uint32),
-            zero + (position >> 32).to(tl.uint32),
-            zero + SAMPLING_DOMAIN,
-        )
-        words = tl.reshape(tl.join(tl.join(w0, w2), tl.join(w1, w3)), [BLOCK])
         ids = first + tl.arange(0, BLOCK)
+        g0, g1, g2 = noise(seed, position, ids // 256 * 4 + ids % 4, GROUP_DOMAIN)
+        t0, t1, _ = noise(seed, position, ids, TOKEN_DOMAIN)
+        follows = ((ids // 4).to(tl.uint32) ^ g2) % 64 != 0  # has not the least clock of its group
         x = load_logits(logits, ids, vocab)
         key = sort_key(x)
         kept = (x > float("-inf")) & ((key > cut_key) | ((key == cut_key) & (ids <= cut_id)))
         # An upper bound in float32: -log(uniform) >= 1 - uniform, and 2^-8 covers the rounding.
-        rest = ((words ^ 0xFFFFFFFF) >> 1).to(tl.float32) * 4.656612873077393e-10  # 1 - uniform, 2^-31
-        bound = (x * 0.5 - half_top) * scale - tl.log(rest)
+        least = one_minus(g0) * 0.015625 + tl.where(follows, one_minus(t0), 0.0)
+        bound = (x * 0.5 - half_top) * scale - tl.log(least)
         bound = tl.where(kept, bound + 0.00390625 + tl.abs(bound) * 1e-6, float("-inf"))
         if tl.max(bound, 0).to(tl.float64) >= best:
-            uniform = (words.to(tl.float64) + 0.5) * 2.3283064365386963e-10  # 2^-32
+            clock = exponential(g0, g1) * 0.015625 + tl.where(follows, exponential(t0, t1), 0.0)
             log_odds = (x.to(tl.float64) - top) / temperature
             # min_p: neither normalisation nor the other filters change p / p_max.
-            score = tl.where(
-                kept & (log_odds >= log_min_p), log_odds - tl.log(-tl.log(uniform)), float("-inf")
-            )
+            score = tl.where(kept & (log_odds >= log_min_p), log_odds - tl.log(clock), float("-inf"))
             here = tl.max(score, 0)
             if here > best:
                 best = here

@@ -37,6 +37,7 @@ FEATURES = frozenset(
     {
         "window", "softcap", "alibi", "bias", "mask", "sinks", "dropout", "varlen", "leftpad", "cache_batch_idx",
         "paged", "kv_dtype", "gradients", "append_gradients", "penalties", "logit_bias", "allowed", "logprobs",
+        "survivors",
     }
 )  # fmt: skip
 

@@ -94,8 +94,8 @@ def append_kv(args: KVAppendArgs) -> tuple[Tensor, Tensor]:
     return q, seqlens
 
 
-def sample(args: SamplingArgs) -> Tensor:
+def sample(args: SamplingArgs) -> tuple[Tensor, None]:
     """One token per row, (batch,) int64; -1 for a row with NaN, with +inf or without a finite logit."""
     from fastattn.kernels import sampling
 
-    return sampling.sample(args)
+    return sampling.sample(args), None

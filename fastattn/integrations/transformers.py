@@ -97,7 +97,8 @@ def enable(model: nn.Module, example: dict[str, Any] | None = None) -> nn.Module
         _restore(before)
         raise
     _enabled[model] = before
-    return model
+    switched: nn.Module = model
+    return switched
 
 
 def disable(model: nn.Module) -> nn.Module:

@@ -192,7 +192,7 @@ def _survivors(values: Tensor, backend: str, top_k: int | Tensor = 0, top_p: flo
     """What the filters keep of values taken as logits, (batch, vocab) bool."""
     if values.stride(1) != 1 and values.shape[1] > 1:
         values = values.contiguous()
-    args = SamplingArgs(values, temperature=1.0, top_k=top_k, top_p=top_p, min_p=0.0, seeds=0, positions=0)
+    args = SamplingArgs(values, 1.0, top_k, top_p, min_p=0.0, seeds=0, positions=0, survivors=True)
     kept: Tensor = resolve(backend, args).survivors(args)
     return kept
 
