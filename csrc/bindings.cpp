@@ -6,6 +6,7 @@
 #include "binding_params.h"
 #include "cpu/registry.h"
 #include "plain_attention.h"
+#include "token_counts.h"
 
 namespace fastattn {
 namespace {
@@ -121,13 +122,43 @@ PerRow<T> per_row(const py::object& value, T* number) {
   return {number, 0};
 }
 
-// The first row whose token is a -SamplingError, or -1.
+// (address, row stride); None = none.
+template <class T>
+Rows<T> rows(const py::object& value) {
+  if (value.is_none()) return {};
+  const py::tuple t = value;
+  return {pointer<const T>(item<uintptr_t>(t, 0)), item<int64_t>(t, 1)};
+}
+
+// (repetition, presence, frequency, counts, prompt, seen_ids, seen_counts, seen_n, bias, bias_ids, bias_values, bias_n,
+// allowed, allowed_bits)
+void fill_edits(const py::tuple& t, double (&numbers)[3], LogitEdits* edits) {
+  edits->repetition = per_row(t[0], &numbers[0]);
+  edits->presence = per_row(t[1], &numbers[1]);
+  edits->frequency = per_row(t[2], &numbers[2]);
+  edits->counts = rows<int32_t>(t[3]);
+  edits->prompt = rows<uint8_t>(t[4]);
+  edits->seen_ids = rows<int32_t>(t[5]);
+  edits->seen_counts = rows<int32_t>(t[6]);
+  edits->seen_n = indices(t, 7);
+  edits->bias = rows<float>(t[8]);
+  edits->bias_ids = rows<int64_t>(t[9]);
+  edits->bias_values = rows<float>(t[10]);
+  edits->bias_n = item<int64_t>(t, 11);
+  edits->allowed = rows<uint8_t>(t[12]);
+  edits->allowed_bits = rows<uint8_t>(t[13]);
+}
+
+// The first row whose token is a -SamplingError, or -1. logprobs: None, or (how many best, logprobs, best_ids,
+// best_logprobs).
 int64_t sample(uintptr_t logits, int64_t stride_batch, int64_t batch, int64_t vocab, int dtype,
                const py::object& temperature, const py::object& top_k, const py::object& top_p, const py::object& min_p,
-               const py::object& seeds, const py::object& positions, uintptr_t tokens, uintptr_t kept, int nthreads) {
-  double reals[3];
+               const py::object& seeds, const py::object& positions, const py::object& edits, uintptr_t tokens,
+               uintptr_t kept, const py::object& logprobs, int nthreads) {
+  double reals[3], edit_reals[3];
   int64_t integers[3];
   SamplingParams p{};
+  LogitEdits all_edits{};
   p.logits = pointer<const void>(logits);
   p.stride_batch = stride_batch;
   p.temperature = per_row(temperature, &reals[0]);
@@ -136,8 +167,19 @@ int64_t sample(uintptr_t logits, int64_t stride_batch, int64_t batch, int64_t vo
   p.top_k = per_row(top_k, &integers[0]);
   p.seeds = per_row(seeds, &integers[1]);
   p.positions = per_row(positions, &integers[2]);
+  if (!edits.is_none()) {
+    fill_edits(edits, edit_reals, &all_edits);
+    p.edits = &all_edits;
+  }
   p.tokens = pointer<int64_t>(tokens);
   p.kept = pointer<bool>(kept);
+  if (!logprobs.is_none()) {
+    const py::tuple t = logprobs;
+    p.best = item<int64_t>(t, 0);
+    p.logprobs = pointer<float>(item<uintptr_t>(t, 1));
+    p.best_ids = pointer<int64_t>(item<uintptr_t>(t, 2));
+    p.best_logprobs = pointer<float>(item<uintptr_t>(t, 3));
+  }
   p.batch = batch;
   p.vocab = vocab;
   p.dtype = static_cast<DType>(dtype);
@@ -147,6 +189,12 @@ int64_t sample(uintptr_t logits, int64_t stride_batch, int64_t batch, int64_t vo
   for (int64_t row = 0; row < batch; ++row)
     if (p.tokens[row] < 0) return row;
   return -1;
+}
+
+void count_one_token_per_row(uintptr_t ids, uintptr_t counts, uintptr_t lengths, uintptr_t tokens, int64_t batch,
+                             int64_t capacity) {
+  count_tokens({pointer<int32_t>(ids), pointer<int32_t>(counts), pointer<int32_t>(lengths),
+                pointer<const int64_t>(tokens), batch, capacity});
 }
 
 py::list isas() {
@@ -172,6 +220,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("pack_linear", &pack_linear);
   m.def("linear", &linear);
   m.def("sample", &sample);
+  m.def("count_tokens", &count_one_token_per_row);
   m.def("fma_loop", [](int64_t iterations, int nthreads) {
     py::gil_scoped_release release;
     return kernels().fma_loop(iterations, nthreads);
@@ -179,6 +228,10 @@ PYBIND11_MODULE(_C, m) {
   m.def("read_loop", [](uintptr_t data, int64_t floats, int nthreads) {
     py::gil_scoped_release release;
     return kernels().read_loop(pointer<const float>(data), floats, nthreads);
+  });
+  m.def("max_loop", [](uintptr_t data, int64_t floats) {
+    py::gil_scoped_release release;
+    return kernels().max_loop(pointer<const float>(data), floats);
   });
   m.def("rms_norm", &rms_norm);
   m.def("silu_mul", &silu_mul);

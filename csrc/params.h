@@ -147,6 +147,33 @@ struct PerRow {
   T operator[](int64_t row) const { return data[row * stride]; }
 };
 
+// Values per row of the batch, with unit stride inside a row; null = none.
+template <class T>
+struct Rows {
+  const T* data;
+  int64_t stride;
+
+  explicit operator bool() const { return data != nullptr; }
+  const T* operator[](int64_t row) const { return data + row * stride; }
+};
+
+// What happens to the logits first: x * (x > 0 ? 1 / repetition : repetition) of tokens read or written, then
+// x - frequency * count - presence of tokens written, x + bias, and -inf where not allowed. In double, rounded once.
+struct LogitEdits {
+  PerRow<double> repetition, presence, frequency;
+  Rows<int32_t> counts;       // (batch, vocab): how often a row has written each token
+  Rows<uint8_t> prompt;       // (batch, vocab): 1 = it has read it
+  Rows<int32_t> seen_ids;     // (batch, .): instead, the tokens seen, ascending,
+  Rows<int32_t> seen_counts;  // how often each was written, perhaps never,
+  const int32_t* seen_n;      // (batch,) and how many they are
+  Rows<float> bias;           // (batch, vocab)
+  Rows<int64_t> bias_ids;     // (batch, bias_n): instead, tokens, -1 = none, and the values of each
+  Rows<float> bias_values;
+  int64_t bias_n;
+  Rows<uint8_t> allowed;       // (batch, vocab): 1 = may be drawn
+  Rows<uint8_t> allowed_bits;  // (batch, ceil(vocab / 8)): instead, a bit each
+};
+
 struct SamplingParams {
   const void* logits;  // (batch, vocab), unit stride along vocab; vocab <= kMaxVocab
   int64_t stride_batch;
@@ -156,14 +183,28 @@ struct SamplingParams {
   PerRow<double> min_p;        // in [0, 1], 0 = off
   PerRow<int64_t> seeds;       // the 64 bits of the key
   PerRow<int64_t> positions;
-  int64_t* tokens;  // (batch,) out: a token, or -SamplingError of a row that has none
-  bool* kept;       // (batch, vocab) contiguous out, what the filters keep of each row that has a token; may be null
+  const LogitEdits* edits;  // may be null
+  int64_t* tokens;          // (batch,) out: a token, or -SamplingError of a row that has none
+  bool* kept;         // (batch, vocab) contiguous out, what the filters keep of each row that has a token; may be null
+  int64_t best;       // how many of the most likely tokens to name; 0 = no log-probabilities at all
+  float* logprobs;    // (batch,) out: of the drawn tokens under softmax(logits), before edits, temperature and filters
+  int64_t* best_ids;  // (batch, best) out, the most likely first
+  float* best_logprobs;  // (batch, best) out
   int64_t batch, vocab;
   DType dtype;
   int nthreads;
 };
 
-enum SamplingError : int64_t { kHasNaN = 1, kHasInf = 2, kNothingFinite = 3 };
+// Of a row as it is; the second kind, as it is after edits; an id of bias_ids that is none.
+enum SamplingError : int64_t {
+  kHasNaN = 1,
+  kHasInf,
+  kNothingFinite,
+  kEditedHasNaN,
+  kEditedHasInf,
+  kEditedNothingFinite,
+  kBadBiasId
+};
 
 constexpr int64_t kMaxVocab = int64_t{1} << 22;  // so that the mass of a row fits 64 bits: sampling_filters.h
 

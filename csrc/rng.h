@@ -2,11 +2,17 @@
 // 1, 2, 3", SC 2011), a bijection of a 128-bit counter under a 64-bit key. No state: any backend finds any token's
 // noise directly.
 //
-//   key     = (seed low, seed high)
-//   counter = (id / 4, position low, position high, kSamplingDomain)          id = the token's vocabulary id
-//   word    = output word number id % 4
-//   uniform = (word + 1/2) / 2^32, which lies in [2^-33, 1 - 2^-33]           exact in double
-//   Gumbel  = -log(-log(uniform)), which lies in [-3.13, 22.88]               always finite
+//   key        = (seed low, seed high)                                   id = the token's vocabulary id
+//   group      = the block of (id / 256 * 4 + id % 4, position low, position high, kGroupDomain)
+//   own        = the block of (id, position low, position high, kTokenDomain)
+//   uniform(b) = (first 52 bits of b + 1/2) / 2^52, the first word on top    exact in double, never 0 or 1
+//   clock      = -log(uniform(group)) / 64   - log(uniform(own)) unless id / 4 % 64 = word 2 of group % 64
+//   Gumbel     = -log(clock), in [-3.7, 40.9]
+//
+// Clocks are independent exponentials: the least of 64 has 64 times the rate, is any of them with equal chances, and
+// the others, which have no memory, start anew from it. So where even the least clock of a group cannot win, its
+// tokens' own noise need not be looked at: the top-down construction of Maddison, Tarlow, Minka, "A* sampling", NeurIPS
+// 2014.
 //
 // The drawn token is the argmax of (logit - max) / temperature + Gumbel, in double, over the kept tokens; the lower id
 // wins between equal scores. That is all a GPU kernel has to reproduce.
@@ -25,7 +31,16 @@ namespace {
 
 constexpr uint32_t kPhiloxMul0 = 0xD2511F53u, kPhiloxMul1 = 0xCD9E8D57u;
 constexpr uint32_t kPhiloxBump0 = 0x9E3779B9u, kPhiloxBump1 = 0xBB67AE85u;
-constexpr uint32_t kSamplingDomain = 0x73616d70u;  // "samp": other users of Philox take another last counter word
+constexpr uint32_t kGroupDomain = 0x73616d70u;  // "samp": other users of Philox take another last counter word
+constexpr uint32_t kTokenDomain = 0x746f6b6eu;  // "tokn"
+
+// A group is every fourth of 256 neighbours: its largest logit comes out of vectors of any length without a shuffle.
+constexpr int kNoiseGroup = 64, kNoiseBlock = 256, kNoiseGroups = kNoiseBlock / kNoiseGroup;
+
+inline uint32_t noise_group(uint32_t id) { return id / kNoiseBlock * kNoiseGroups + id % kNoiseGroups; }
+
+// Whether the token has the least clock of its group, whose block has this word 2.
+inline bool has_least_clock(uint32_t id, uint32_t word) { return ((id / kNoiseGroups) ^ word) % kNoiseGroup == 0; }
 
 struct PhiloxKey {
   uint32_t low, high;
@@ -55,11 +70,16 @@ struct NoiseStream {
         position_low(static_cast<uint32_t>(position)),
         position_high(static_cast<uint32_t>(position >> 32)) {}
 
-  uint32_t word(uint32_t id) const {
-    const PhiloxBlock counter = {{id / 4, position_low, position_high, kSamplingDomain}};
-    return philox4x32_10(counter, key).word[id % 4];
+  PhiloxBlock block(uint32_t number, uint32_t domain) const {
+    return philox4x32_10({{number, position_low, position_high, domain}}, key);
   }
 };
+
+// -log of the uniform that the first two words of a block make: an exponential.
+inline double exponential(uint32_t word0, uint32_t word1) {
+  const auto bits = static_cast<double>(uint64_t{word0} << 20 | word1 >> 12);
+  return -__builtin_log((bits + 0.5) * 0x1p-52);
+}
 
 #ifndef __CUDACC__
 // kLanes / 2 blocks side by side. A word is in the low half of its 64-bit lane; the high halves hold leftovers, which
@@ -106,12 +126,12 @@ class NoiseLanes {
   explicit NoiseLanes(const NoiseStream& stream)
       : lanes_(stream.key), position_low_(U64{} + stream.position_low), position_high_(U64{} + stream.position_high) {}
 
-  // From word[set][0] = block numbers (id / 4), one per lane, to the words of those blocks.
-  inline __attribute__((always_inline)) void generate(U64 (&word)[2][4]) const {
+  // From word[set][0] = block numbers, one per lane, to the words of those blocks.
+  inline __attribute__((always_inline)) void generate(U64 (&word)[2][4], uint32_t domain) const {
     for (auto& w : word) {
       w[1] = position_low_;
       w[2] = position_high_;
-      w[3] = U64{} + kSamplingDomain;
+      w[3] = U64{} + domain;
     }
     lanes_.generate(word);
   }

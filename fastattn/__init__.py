@@ -1,7 +1,8 @@
 """fastattn: fused softmax-attention and top-k/top-p sampling kernels, and the decoder loop on top of them.
 
 ``attention``, ``attention_varlen``, ``attention_with_kvcache``, ``merge_states`` and ``sample`` are the kernels' public
-face, ``flash_attn`` speaks that package's dialect; ``load_model`` runs a real model through them.
+face, ``flash_attn`` speaks that package's dialect, ``scaled_dot_product_attention`` and ``MultiheadAttention`` torch's;
+``load_model`` runs a real model through them.
 ``python -m fastattn.doctor`` says what this machine has and which kernels would serve.
 """
 
@@ -15,13 +16,19 @@ from fastattn.backends import available_backends
 from fastattn.backends.cpu import cpu_isa, cpu_isas
 from fastattn.kvcache import attention_with_kvcache
 from fastattn.merge import merge_states
-from fastattn.sampling import sample
+from fastattn.nn import MultiheadAttention
+from fastattn.sampling import SampledTokens, sample
+from fastattn.sdpa import scaled_dot_product_attention
+from fastattn.token_counts import TokenCounts
 from fastattn.varlen import attention_varlen
 
 __version__ = "0.1.0"
 
 __all__ = [
     "LLM",
+    "MultiheadAttention",
+    "SampledTokens",
+    "TokenCounts",
     "__version__",
     "attention",
     "attention_varlen",
@@ -32,6 +39,7 @@ __all__ = [
     "load_model",
     "merge_states",
     "sample",
+    "scaled_dot_product_attention",
 ]
 
 

@@ -6,10 +6,14 @@ Everything here has been checked (``checks.py``): a backend may trust shapes, dt
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from torch import Tensor
 
+if TYPE_CHECKING:
+    from fastattn.token_counts import TokenCounts
+
+LogitBias = Tensor | tuple[Tensor, Tensor]
 NO_FEATURES: frozenset[str] = frozenset()
 APPEND_GRADIENTS = frozenset({"append_gradients"})
 
@@ -129,8 +133,26 @@ class KVAppendArgs:
         return APPEND_GRADIENTS if self.needs_grad else NO_FEATURES
 
 
-@dataclass(frozen=True, slots=True)
-class SamplingArgs:
+class LogitEdits(NamedTuple):
+    """What happens to logits before temperature. Tensors of one value per token are expanded to the batch."""
+
+    logit_bias: LogitBias | None = (
+        None  # (batch, vocab) or ids and values, each (batch, n); float32, or float64
+    )
+    allowed: Tensor | None = None  # (batch, vocab) bool, or (batch, ceil(vocab / 32)) int32
+    repetition_penalty: float | Tensor = 1.0  # float64, as the other two
+    presence_penalty: float | Tensor = 0.0
+    frequency_penalty: float | Tensor = 0.0
+    token_counts: Tensor | TokenCounts | None = None  # (batch, vocab) int32; None if no penalty needs it
+    prompt_mask: Tensor | None = None  # (batch, vocab) bool
+
+    @property
+    def has_penalties(self) -> bool:
+        """Whether some token may be penalised."""
+        return self.token_counts is not None or self.prompt_mask is not None
+
+
+class SamplingArgs(NamedTuple):
     """One draw per row. A parameter is a number for all rows, or a contiguous (batch,) tensor."""
 
     logits: Tensor  # (batch, vocab), stride(-1) == 1
@@ -140,7 +162,9 @@ class SamplingArgs:
     min_p: float | Tensor  # float64, 0 = off
     seeds: int | Tensor  # int64, the key's 64 bits
     positions: int | Tensor  # int64
-    extra_features: frozenset[str] = frozenset()
+    edits: LogitEdits | None = None
+    logprobs: int = 0  # of how many of the best tokens; 0 = of none
+    survivors: bool = False  # asked for what the filters keep, not for a token
 
     @property
     def subject(self) -> Tensor:
@@ -149,4 +173,14 @@ class SamplingArgs:
 
     def features(self) -> frozenset[str]:
         """Names of what this call needs beyond temperature, top_k, top_p and min_p."""
-        return self.extra_features
+        if self.edits is None and self.logprobs == 0 and not self.survivors:
+            return NO_FEATURES
+        edits = self.edits or LogitEdits()
+        used = {
+            "logit_bias": edits.logit_bias is not None,
+            "allowed": edits.allowed is not None,
+            "penalties": edits.has_penalties,
+            "logprobs": self.logprobs > 0,
+            "survivors": self.survivors,
+        }
+        return frozenset(name for name, is_used in used.items() if is_used)

@@ -75,7 +75,7 @@ def attention(
     """
     if (
         plain_attention is not None
-        and backend == "auto"
+        and backend in ("auto", "cpu")
         and attn_bias is attn_mask is alibi_slopes is sinks is None
         and softcap == dropout_p == 0.0
         and window_size == (-1, -1)
@@ -102,7 +102,7 @@ def attention(
         attn_mask=attn_mask,
         sinks=sinks,
         dropout_p=dropout_p,
-        rng_state=ops.checked_rng_state(dropout_p, rng_state),
+        rng_state=ops.checked_rng_state(dropout_p, rng_state, q.device),
         return_lse=return_lse,
         needs_grad=ops.needs_grad(q, k, v, attn_bias, sinks),
     )

@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import math
-from numbers import Integral
+from numbers import Integral, Real
 
 import torch
 from torch import Tensor
 
 from fastattn.args import AttentionArgs
-from fastattn.checks import Shapes, check_broadcast, check_dtype, check_like, check_range
+from fastattn.checks import (
+    Shapes,
+    check_broadcast,
+    check_dtype,
+    check_float,
+    check_like,
+    check_range,
+    check_tensor,
+)
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 MAX_HEADDIM = 512
@@ -68,15 +76,14 @@ def check_modifiers(args: AttentionArgs) -> None:
     seqlen_q = args.max_seqlen_q if packed else args.q.shape[1]
     seqlen_k = args.max_seqlen_k if packed else args.k.shape[1]
     scores = (batch, nheads, seqlen_q, seqlen_k)
+    for name in ("alibi_slopes", "attn_bias", "attn_mask", "sinks"):
+        if (given := getattr(args, name)) is not None:
+            check_tensor(name, given, args.q.device)
     check_range("softcap", args.softcap, 0.0, 1e30)  # beyond, float32 has no room for its square
-    check_range("dropout_p", args.dropout_p, 0.0, 1.0)
     if args.softcap > 0 and args.dropout_p > 0:
         raise ValueError(f"softcap: expected 0 together with dropout_p={args.dropout_p}, got {args.softcap}")
     if args.attn_bias is not None:
-        if not args.attn_bias.is_floating_point():
-            raise TypeError(
-                f"attn_bias: expected a float dtype, got {args.attn_bias.dtype} (bool masks: attn_mask)"
-            )
+        check_float("attn_bias", args.attn_bias, hint=" (bool masks: attn_mask)")
         check_broadcast("attn_bias", args.attn_bias, scores)
     if args.attn_mask is not None:
         check_dtype("attn_mask", args.attn_mask, (torch.bool,))
@@ -87,26 +94,34 @@ def check_modifiers(args: AttentionArgs) -> None:
                 f"alibi_slopes: expected (nheads={nheads},) or (batch={batch}, nheads={nheads}), "
                 f"got {tuple(args.alibi_slopes.shape)}"
             )
+        check_float("alibi_slopes", args.alibi_slopes)
         if args.alibi_slopes.requires_grad:
             raise ValueError(
                 "alibi_slopes: expected a tensor without requires_grad, its gradient is not defined"
             )
     if args.sinks is not None:
         Shapes(nheads=nheads).match("sinks", args.sinks, "nheads")
+        check_float("sinks", args.sinks)
 
 
-def checked_scale(softmax_scale: float | None, headdim: int) -> float:
+def checked_scale(softmax_scale: float | None, headdim: int, name: str = "softmax_scale") -> float:
     """1 / sqrt(headdim), or the finite number given."""
     if softmax_scale is None:
         return 1.0 / math.sqrt(headdim)
-    if not math.isfinite(softmax_scale):
-        raise ValueError(f"softmax_scale: expected a finite number, got {softmax_scale}")
+    if not isinstance(softmax_scale, Real):
+        raise TypeError(f"{name}: expected a number, got {type(softmax_scale).__name__}")
+    if not -math.inf < softmax_scale < math.inf:  # no function of math: torch.compile may hold a symbol
+        raise ValueError(f"{name}: expected a finite number, got {softmax_scale}")
     return float(softmax_scale)
 
 
 def checked_window(window_size: tuple[int, int]) -> tuple[int, int]:
     """(left, right), -1 = unlimited; wider than any sequence counts as that, so that no sum of places overflows."""
-    if len(window_size) != 2 or not all(isinstance(n, Integral) and n >= -1 for n in window_size):
+    if (
+        not isinstance(window_size, (tuple, list))
+        or len(window_size) != 2
+        or not all(isinstance(n, Integral) and n >= -1 for n in window_size)
+    ):
         raise ValueError(f"window_size: expected (left, right) with values >= -1, got {window_size}")
     left, right = window_size
     return min(left, _WIDEST), min(right, _WIDEST)

@@ -17,6 +17,7 @@ DTYPES = {
     torch.float64: 3,
     torch.int8: 4,
 }  # csrc/params.h, DType
+_FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # what kernels that compute in float read
 
 
 def unit_stride(x: Tensor) -> Tensor:
@@ -55,10 +56,10 @@ class Modifiers:
         sinks = None if args.sinks is None else args.sinks.to(compute).contiguous()
         bias, mask = args.attn_bias, args.attn_mask
         if bias is not None:
-            # Kernels read the 16-bit floats as they are; everything else becomes what they compute in.
-            if compute == torch.float64 or bias.dtype not in DTYPES:
+            # Kernels read float32 and the 16-bit floats as they are; everything else becomes what they compute in.
+            if compute == torch.float64 or bias.dtype not in _FLOAT_DTYPES:
                 bias = bias.to(compute)
-            bias = bias.expand(shape)
+            bias = bias.resolve_neg().expand(shape)
         if mask is not None:
             mask = mask.expand(shape)
         seed, offset = (0, 0) if args.rng_state is None else args.rng_state.tolist()

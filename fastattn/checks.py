@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cache
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -54,6 +54,20 @@ def check_dtype(name: str, tensor: Tensor, allowed: Sequence[torch.dtype]) -> No
         raise TypeError(f"{name}: expected dtype {names}, got {str(tensor.dtype).removeprefix('torch.')}")
 
 
+def check_tensor(name: str, tensor: Any, device: torch.device) -> None:
+    """TypeError unless it is a tensor, ValueError unless it is where the others are."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name}: expected a torch.Tensor, got {type(tensor).__name__}")
+    if tensor.device != device:
+        raise ValueError(f"{name}: expected the device of the other tensors, {device}, got {tensor.device}")
+
+
+def check_float(name: str, tensor: Tensor, hint: str = "") -> None:
+    """TypeError unless the dtype is one of the floats."""
+    if not tensor.is_floating_point():
+        raise TypeError(f"{name}: expected a float dtype, got {tensor.dtype}{hint}")
+
+
 def check_like(name: str, tensor: Tensor, model_name: str, model: Tensor) -> None:
     """The dtype and device of ``tensor`` must be those of ``model``."""
     if tensor.dtype != model.dtype:
@@ -68,6 +82,13 @@ def check_range(name: str, value: float, low: float, high: float) -> None:
         raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
     if not low <= value <= high:
         raise ValueError(f"{name}: expected a value in [{low}, {high}], got {value}")
+
+
+def check_integer(name: str, value: int, low: float, high: float) -> None:
+    """The same of a whole number."""
+    if not isinstance(value, Integral):
+        raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
+    check_range(name, value, low, high)
 
 
 def check_broadcast(name: str, tensor: Tensor, target: tuple[int, ...]) -> None:
@@ -89,6 +110,7 @@ def check_pages(table: Tensor, lengths: Tensor, pages: Tensor, tracing: bool) ->
         The table, with unit stride.
     """
     Shapes(batch=lengths.shape[0]).match("block_table", table, "batch max_blocks")
+    check_tensor("block_table", table, pages.device)
     check_dtype("block_table", table, (torch.int32,))
     num_blocks, page_size = pages.shape[:2]
     if page_size == 0:

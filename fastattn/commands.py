@@ -46,6 +46,22 @@ TopP = Annotated[
     float, typer.Option(help="Draw from the best tokens of this total probability; 1 = from all.")
 ]
 MinP = Annotated[float, typer.Option(help="Drop tokens below this share of the best one's probability.")]
+RepetitionPenalty = Annotated[
+    float, typer.Option(help="Makes what prompt and text contain less likely; 1 = off.")
+]
+PresencePenalty = Annotated[
+    float, typer.Option(help="Subtracted from the logit of what the text contains; 0 = off.")
+]
+FrequencyPenalty = Annotated[float, typer.Option(help="The same, for every time that it is there.")]
+LogitBias = Annotated[
+    list[str] | None,
+    typer.Option(
+        show_default=False, metavar="ID=NUMBER", help="Add to a token's logit; -inf bans it; repeatable."
+    ),
+]
+Allowed = Annotated[
+    list[int] | None, typer.Option(show_default=False, help="Draw only such token ids; repeatable.")
+]
 Seed = Annotated[
     int | None, typer.Option(show_default="another one each time", help="The same seed, the same text.")
 ]
@@ -84,6 +100,11 @@ def generate(
     top_k: TopK = 40,
     top_p: TopP = 0.95,
     min_p: MinP = 0.0,
+    repetition_penalty: RepetitionPenalty = 1.0,
+    presence_penalty: PresencePenalty = 0.0,
+    frequency_penalty: FrequencyPenalty = 0.0,
+    logit_bias: LogitBias = None,
+    allowed: Allowed = None,
     seed: Seed = None,
     stop: Stop = None,
     ignore_eos: IgnoreEos = False,
@@ -91,15 +112,35 @@ def generate(
     threads: Threads = None,
     backend: Backend = "auto",
     as_json: AsJson = False,
+    logprobs: Annotated[
+        int, typer.Option(help="With --json: log-probabilities of the text's tokens, and of the N best.")
+    ] = 0,
 ) -> None:
     """Continue a prompt, or with --chat answer it."""
+    if logprobs and not as_json:
+        raise typer.BadParameter("--logprobs goes with --json")
     text = _read_prompt(prompt, file)
     template, examples = load_shots(shots) if shots else (None, [])
     if n_shots is not None:
         if not 0 <= n_shots <= len(examples):
             raise ValueError(f"n_shots: expected 0 to the {len(examples)} examples of --shots, got {n_shots}")
         examples = examples[:n_shots]
-    options = _options(max_new_tokens, temperature, top_k, top_p, min_p, seed, stop, ignore_eos)
+    options = _options(
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        presence_penalty=presence_penalty,
+        frequency_penalty=frequency_penalty,
+        logit_bias=logit_bias,
+        allowed=allowed,
+        seed=seed,
+        stop=stop,
+        ignore_eos=ignore_eos,
+        logprobs=logprobs,
+    )
     llm, load_seconds = _load(model, dtype, threads, backend)
     if chat or system:
         messages = chat_messages(text, examples, template, system=system or None)
@@ -127,6 +168,8 @@ def generate(
         "peak_memory_bytes": peak_memory(),
         "seed": options["seed"],
     }
+    if done.logprobs is not None:
+        record |= {"logprobs": done.logprobs, "top_logprobs": done.top_logprobs}
     print(json.dumps(record, ensure_ascii=False))
 
 
@@ -139,6 +182,11 @@ def chat(
     top_k: TopK = 40,
     top_p: TopP = 0.95,
     min_p: MinP = 0.0,
+    repetition_penalty: RepetitionPenalty = 1.0,
+    presence_penalty: PresencePenalty = 0.0,
+    frequency_penalty: FrequencyPenalty = 0.0,
+    logit_bias: LogitBias = None,
+    allowed: Allowed = None,
     seed: Seed = None,
     stop: Stop = None,
     dtype: Dtype = "float32",
@@ -146,7 +194,20 @@ def chat(
     backend: Backend = "auto",
 ) -> None:
     """Talk with a model: /exit or Ctrl-D ends, Ctrl-C cuts an answer short."""
-    options = _options(max_new_tokens, temperature, top_k, top_p, min_p, seed, stop, ignore_eos=False)
+    options = _options(
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        presence_penalty=presence_penalty,
+        frequency_penalty=frequency_penalty,
+        logit_bias=logit_bias,
+        allowed=allowed,
+        seed=seed,
+        stop=stop,
+    )
     llm, load_seconds = _load(model, dtype, threads, backend)
     conversation = llm.conversation(system or None)
     while (said := _ask()) is not None:
@@ -217,27 +278,24 @@ def _read_prompt(prompt: str, file: str) -> str:
 
 
 def _options(
-    max_new_tokens: int,
-    temperature: float,
-    top_k: int,
-    top_p: float,
-    min_p: float,
-    seed: int | None,
-    stop: list[str] | None,
-    ignore_eos: bool,
+    *, seed: int | None, stop: list[str] | None, logit_bias: list[str] | None, **options: Any
 ) -> dict[str, Any]:
+    """What was typed, as ``LLM.generate`` takes it."""
     # torch's own generator starts every process alike: ask the system for another seed.
-    return {
-        "max_new_tokens": max_new_tokens,
-        "temperature": temperature,
-        "top_k": top_k,
-        "top_p": top_p,
-        "min_p": min_p,
+    return options | {
         "seed": int.from_bytes(os.urandom(4), "big") if seed is None else seed,
         "stop": stop or (),
-        "ignore_eos": ignore_eos,
+        "logit_bias": dict(map(_bias, logit_bias or ())),
         "progress": _show_progress if sys.stderr.isatty() else None,
     }
+
+
+def _bias(text: str) -> tuple[int, float]:
+    token, _, number = text.partition("=")
+    try:
+        return int(token), float(number)
+    except ValueError:
+        raise typer.BadParameter(f"--logit-bias: expected ID=NUMBER, got {text!r}") from None
 
 
 def _default() -> Path:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from itertools import chain
 from typing import Any
@@ -17,9 +17,10 @@ import torch
 from torch import Tensor
 
 from fastattn.checks import check_range
+from fastattn.choice import Choice
 from fastattn.model.blocks import Decoder
 from fastattn.model.kv_cache import KVCache
-from fastattn.sampling import sample
+from fastattn.sampling_checks import FLOAT_MAX, FLOAT_TINY
 from fastattn.tokenizer import TextStream
 
 PREFILL_TOKENS = 2048  # of all rows together that go through the layers at a time: bounds the activations
@@ -41,6 +42,15 @@ class GenerationOptions:
         top_k: keep the k best tokens; 0 and -1 = off.
         top_p: in [0, 1]; keep the shortest prefix of that mass; 1 = off.
         min_p: in [0, 1]; keep what has at least this share of the best token's probability; 0 = off.
+        repetition_penalty: > 0; divides positive and multiplies negative logits of tokens in prompt or text; 1 = off.
+        presence_penalty: subtracted from the logits of tokens in the text; 0 = off.
+        frequency_penalty: the same, times how often they are there.
+        logit_bias: what is added to the logits of these token ids; -inf bans one.
+        allowed: the only token ids to draw; or a function of the ids drawn so far that returns what
+            ``fastattn.sample`` takes as ``allowed`` for one row, (vocab,) bool or (ceil(vocab / 32),) int32, or
+            None for everything: a grammar.
+        logprobs: n > 0 keeps the log-probabilities of every token drawn and of the n best at its place, under the
+            model's own distribution.
         seed: in [0, 2**63); None = fresh ones from torch's global generator. One seed for a batch is the seed
             of each of its rows, so that a prompt gives the same text alone; a list has one per prompt.
         stop: a string or several that end the text and are not part of it.
@@ -57,6 +67,12 @@ class GenerationOptions:
     top_k: int = 0
     top_p: float = 1.0
     min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] | None = None
+    allowed: Sequence[int] | Callable[[list[int]], Tensor | None] | None = None
+    logprobs: int = 0
     seed: int | Sequence[int] | None = None
     stop: str | Sequence[str] = ()
     stop_ids: Sequence[int] = ()
@@ -69,6 +85,16 @@ class GenerationOptions:
         _check_int("top_k", self.top_k, -1, 2**31 - 1)
         check_range("top_p", self.top_p, 0.0, 1.0)
         check_range("min_p", self.min_p, 0.0, 1.0)
+        check_range("repetition_penalty", self.repetition_penalty, FLOAT_TINY, FLOAT_MAX)
+        check_range("presence_penalty", self.presence_penalty, -FLOAT_MAX, FLOAT_MAX)
+        check_range("frequency_penalty", self.frequency_penalty, -FLOAT_MAX, FLOAT_MAX)
+        if not isinstance(self.logit_bias or {}, Mapping):
+            expected = "a mapping from token ids to numbers"
+            raise TypeError(f"logit_bias: expected {expected}, got {type(self.logit_bias).__name__}")
+        for token, bias in (self.logit_bias or {}).items():
+            _check_int("logit_bias", token, 0, 2**31 - 1)
+            check_range(f"logit_bias[{token}]", bias, -math.inf, FLOAT_MAX)
+        _check_int("logprobs", self.logprobs, 0, 2**31 - 1)
         if isinstance(self.seed, (list, tuple)):
             for n, seed in enumerate(self.seed):
                 _check_int(f"seed[{n}]", seed, 0, MAX_SEED)
@@ -79,10 +105,9 @@ class GenerationOptions:
                 raise TypeError(f"stop[{n}]: expected a str, got {type(text).__name__}")
             if not text:
                 raise ValueError(f"stop[{n}]: expected a string that is not empty, got ''")
-        if isinstance(self.stop_ids, str) or not isinstance(self.stop_ids, Sequence):
-            raise TypeError(f"stop_ids: expected a list of token ids, got {type(self.stop_ids).__name__}")
-        for n, token in enumerate(self.stop_ids):
-            _check_int(f"stop_ids[{n}]", token, 0, 2**31 - 1)
+        _check_ids("stop_ids", self.stop_ids)
+        if self.allowed is not None and not callable(self.allowed):
+            _check_ids("allowed", self.allowed)
 
     @classmethod
     def parse(cls, options: dict[str, Any]) -> GenerationOptions:
@@ -101,6 +126,20 @@ class GenerationOptions:
         if not isinstance(self.stop, Sequence):
             raise TypeError(f"stop: expected a str or a list of str, got {type(self.stop).__name__}")
         return tuple(self.stop)
+
+    @property
+    def has_penalties(self) -> bool:
+        """Whether what was read and written matters."""
+        penalties = (self.repetition_penalty, self.presence_penalty, self.frequency_penalty)
+        return penalties != (1.0, 0.0, 0.0)
+
+    def check_vocabulary(self, vocab: int) -> None:
+        """ValueError unless the token ids among the options are ones of a model with that many."""
+        listed = () if self.allowed is None or callable(self.allowed) else self.allowed
+        for name, ids in (("logit_bias", self.logit_bias or ()), ("allowed", listed)):
+            for token in ids:
+                if token >= vocab:
+                    raise ValueError(f"{name}: expected ids below {vocab}, got {token}")
 
     def seeds(self, batch: int) -> list[int]:
         """One per row.
@@ -130,6 +169,8 @@ class Completion:
         cached_tokens: those of them that a conversation's cache already held.
         prompt_seconds: until the prompts of the batch were read.
         decode_seconds: in the model and the sampler from then on, until this row was finished.
+        logprobs: with the option ``logprobs``, the log-probability of each of token_ids.
+        top_logprobs: with it, the most likely tokens at each place and theirs, the best first.
     """
 
     text: str
@@ -139,6 +180,8 @@ class Completion:
     cached_tokens: int = 0
     prompt_seconds: float = 0.0
     decode_seconds: float = 0.0
+    logprobs: list[float] | None = None
+    top_logprobs: list[list[tuple[int, float]]] | None = None
 
     @property
     def prompt_rate(self) -> float:
@@ -169,6 +212,8 @@ class Row:
     finish_reason: str | None = None
     prompt_seconds: float = 0.0
     decode_seconds: float = 0.0
+    logprobs: list[float] = field(default_factory=list)
+    top_logprobs: list[list[tuple[int, float]]] = field(default_factory=list)
 
     def take(self, token: int, end_ids: frozenset[int]) -> str:
         """One more token; returns the text that it makes certain."""
@@ -199,6 +244,8 @@ class Row:
             self.cached,
             self.prompt_seconds,
             self.decode_seconds,
+            self.logprobs or None,
+            self.top_logprobs or None,
         )
 
 
@@ -287,17 +334,10 @@ def decode(
     active = list(rows)
     seeds = torch.tensor([row.seed for row in rows], dtype=torch.int64)  # (active,)
     positions = torch.tensor([len(row.prompt_ids) for row in rows], dtype=torch.int64)  # (active,)
+    choice = Choice(options, rows, logits.shape[1])
     while True:
         began = time.perf_counter()
-        tokens = sample(
-            logits,
-            temperature=options.temperature,
-            top_k=options.top_k,
-            top_p=options.top_p,
-            min_p=options.min_p,
-            seeds=seeds,
-            positions=positions,
-        )  # (active,)
+        tokens = choice.draw(logits, active, seeds, positions)  # (active,)
         drawn: list[int] = tokens.tolist()
         decode_seconds += time.perf_counter() - began
         for row, token in zip(active, drawn):
@@ -313,9 +353,17 @@ def decode(
             cache.select(kept)
             active = [active[n] for n in kept]
             tokens, seeds, positions = tokens[kept], seeds[kept], positions[kept]
+        choice.keep(kept, tokens)
         logits = decoder.forward(tokens, [1] * len(active), cache)  # (active, vocab)
         positions += 1
         decode_seconds += time.perf_counter() - began
+
+
+def _check_ids(name: str, ids: Any) -> None:
+    if isinstance(ids, str) or not isinstance(ids, Sequence):
+        raise TypeError(f"{name}: expected a list of token ids, got {type(ids).__name__}")
+    for n, token in enumerate(ids):
+        _check_int(f"{name}[{n}]", token, 0, 2**31 - 1)
 
 
 def _check_int(name: str, value: Any, low: int, high: int) -> None:

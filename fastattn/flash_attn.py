@@ -21,6 +21,7 @@ elements.
 from __future__ import annotations
 
 import math
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -29,6 +30,7 @@ from torch import Tensor
 from fastattn import ops
 from fastattn.attention import attention
 from fastattn.backends.reference_dropout import dropout_keep
+from fastattn.checks import check_range
 from fastattn.kvcache import attention_with_kvcache
 from fastattn.varlen import attention_varlen
 
@@ -59,7 +61,7 @@ def flash_attn_func(
     return_attn_probs: bool = False,
 ) -> Result:
     """``fastattn.attention``; q (batch, seqlen_q, nheads, headdim), k, v (batch, seqlen_k, nheads_k, headdim)."""
-    rng_state = ops.new_rng_state() if dropout_p > 0 else None
+    rng_state = _rng_state(dropout_p)
     call = _modifiers(causal, softmax_scale, window_size, softcap, alibi_slopes)
     if not return_attn_probs:
         return attention(q, k, v, dropout_p=dropout_p, rng_state=rng_state, **call)
@@ -143,7 +145,7 @@ def flash_attn_varlen_func(
     block_table: Tensor | None = None,
 ) -> Result:
     """``fastattn.attention_varlen``; softmax_lse (nheads, total_q). S_dmask is of sequences padded to the longest."""
-    rng_state = ops.new_rng_state() if dropout_p > 0 else None
+    rng_state = _rng_state(dropout_p)
     call = _modifiers(causal, softmax_scale, window_size, softcap, alibi_slopes)
     lengths = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     given: dict[str, Any] = {
@@ -259,14 +261,21 @@ def _modifiers(
     alibi_slopes: Tensor | None,
 ) -> dict[str, Any]:
     """What all seven take. Any negative number switches a window or the softcap off there; here -1 and 0 do."""
-    left, right = window_size
+    window: Any = window_size  # what is none is refused further down
+    if isinstance(window, (tuple, list)):
+        window = tuple(max(n, -1) if isinstance(n, Integral) else n for n in window)
     return {
         "causal": causal,
         "softmax_scale": softmax_scale,
-        "window_size": (max(left, -1), max(right, -1)),
-        "softcap": 0.0 if softcap < 0 else softcap,
+        "window_size": window,
+        "softcap": 0.0 if isinstance(softcap, Real) and softcap < 0 else softcap,
         "alibi_slopes": alibi_slopes,
     }
+
+
+def _rng_state(dropout_p: float) -> Tensor | None:
+    check_range("dropout_p", dropout_p, 0.0, 1.0)
+    return ops.new_rng_state() if dropout_p > 0 else None
 
 
 def _pair(result: Tensor | tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
@@ -275,6 +284,8 @@ def _pair(result: Tensor | tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
 
 
 def _unpack(name: str, packed: Tensor, dims: int, parts: int) -> tuple[Tensor, ...]:
+    if not isinstance(packed, Tensor):
+        raise TypeError(f"{name}: expected a torch.Tensor, got {type(packed).__name__}")
     if packed.dim() != dims or packed.shape[-3] != parts:
         lead = "(batch, seqlen, " if dims == 5 else "(total, "
         raise ValueError(f"{name}: expected {lead}{parts}, nheads, headdim), got {tuple(packed.shape)}")

@@ -41,7 +41,8 @@ class LLM:
     """A decoder with its tokenizer. ``load_model`` makes one.
 
     ``generate``, ``stream`` and ``chat`` take the options of ``GenerationOptions`` as keywords:
-    max_new_tokens, temperature, top_k, top_p, min_p, seed, stop, stop_ids, ignore_eos, progress.
+    max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, presence_penalty, frequency_penalty,
+    logit_bias, allowed, logprobs, seed, stop, stop_ids, ignore_eos, progress.
 
     Args:
         decoder: the model.
@@ -203,6 +204,7 @@ class LLM:
         return torch.cat([self.decoder.forward(part, [len(part)], cache, all_logits=True) for part in parts])
 
     def _rows(self, prompts: list[list[int]], options: GenerationOptions) -> list[Row]:
+        options.check_vocabulary(self.config.vocab_size)
         max_seqlen = self.config.max_seqlen
         rows = []
         for n, (ids, seed) in enumerate(zip(prompts, options.seeds(len(prompts)))):

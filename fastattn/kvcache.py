@@ -18,7 +18,17 @@ from fastattn.attention_checks import (
     checked_scale,
     checked_window,
 )
-from fastattn.checks import Shapes, check_dtype, check_like, check_pages, check_range
+from fastattn.backends.cpu import plain_kvcache
+from fastattn.checks import (
+    Shapes,
+    check_dtype,
+    check_float,
+    check_integer,
+    check_like,
+    check_pages,
+    check_range,
+    check_tensor,
+)
 
 
 def attention_with_kvcache(
@@ -79,15 +89,38 @@ def attention_with_kvcache(
         ValueError, TypeError, NotImplementedError: as ``attention``; the cache is then as it was. While torch.compile
             traces, the values of cache_seqlens, block_table, cache_batch_idx and cache_leftpad are not looked at.
     """
+    if (
+        plain_kvcache is not None
+        and backend in ("auto", "cpu")
+        and block_table
+        is cache_batch_idx
+        is cache_leftpad
+        is k_scale
+        is v_scale
+        is alibi_slopes
+        is sinks
+        is None
+        and softcap == 0.0
+        and num_splits == 0
+        and window_size == (-1, -1)
+        and not return_lse
+        and not ops.is_tracing()
+    ):
+        step = (q, k_cache, v_cache, k, v, cache_seqlens, rotary_cos, rotary_sin, rotary_interleaved)
+        quick = plain_kvcache(*step, causal, softmax_scale, torch.get_num_threads())
+        if quick is not None:
+            return quick
     tracing = ops.is_tracing(q, k_cache, v_cache)
     _check_cache(q, k_cache, v_cache, k_scale, v_scale, paged=block_table is not None)
-    check_range("num_splits", num_splits, 0, math.inf)
+    check_integer("num_splits", num_splits, 0, math.inf)
     batch = q.shape[0]
+    if block_table is not None:
+        Shapes(batch=batch).match("block_table", block_table, "batch max_blocks")
     given = 0 if cache_seqlens is None and k is not None else cache_seqlens
     capacity = k_cache.shape[1] if block_table is None else block_table.shape[-1] * k_cache.shape[1]
     seqlens, longest = _cache_seqlens(given, q, capacity, tracing)
-    leftpad = _indices("cache_leftpad", cache_leftpad, batch, 0, capacity, tracing)
-    batch_idx = _indices("cache_batch_idx", cache_batch_idx, batch, 0, k_cache.shape[0] - 1, tracing)
+    leftpad = _indices("cache_leftpad", cache_leftpad, q, 0, capacity, tracing)
+    batch_idx = _indices("cache_batch_idx", cache_batch_idx, q, 0, k_cache.shape[0] - 1, tracing)
     if batch_idx is not None and block_table is not None:
         raise ValueError(
             "cache_batch_idx: expected None together with block_table, which already says where rows are"
@@ -174,6 +207,7 @@ def _check_cache(
     for name, scale in (("k_scale", k_scale), ("v_scale", v_scale)):
         if scale is not None:
             shapes.match(name, scale, layout)
+            check_tensor(name, scale, q.device)
             check_dtype(name, scale, (torch.float32,))
     if k_cache.dtype != q.dtype:
         check_dtype("q", q, (torch.float32, torch.bfloat16))
@@ -213,6 +247,9 @@ def _check_append(args: KVAppendArgs, longest: int, capacity: int) -> None:
         shapes = Shapes()
         shapes.match("rotary_cos", args.rotary_cos, "seqlen_rotary half_rotary_dim")
         shapes.match("rotary_sin", args.rotary_sin, "seqlen_rotary half_rotary_dim")
+        for name, table in (("rotary_cos", args.rotary_cos), ("rotary_sin", args.rotary_sin)):
+            check_tensor(name, table, args.q.device)
+            check_float(name, table)
         if 2 * shapes["half_rotary_dim"] > headdim:
             raise ValueError(
                 f"rotary_cos: expected at most headdim / 2 = {headdim // 2} columns, got {shapes['half_rotary_dim']}"
@@ -232,8 +269,7 @@ def _cache_seqlens(given: int | Tensor | None, q: Tensor, capacity: int, tracing
     if isinstance(given, Tensor):
         Shapes(batch=batch).match("cache_seqlens", given, "batch")
         check_dtype("cache_seqlens", given, (torch.int32, torch.int64))
-        if given.device != q.device:
-            raise ValueError(f"cache_seqlens: expected the device of q, {q.device}, got {given.device}")
+        check_tensor("cache_seqlens", given, q.device)
         if tracing:
             return given.to(torch.int32).contiguous(), -1
         lengths: list[int] = given.tolist()
@@ -246,11 +282,12 @@ def _cache_seqlens(given: int | Tensor | None, q: Tensor, capacity: int, tracing
     return torch.full((batch,), given, dtype=torch.int32, device=q.device), given if batch else 0
 
 
-def _indices(name: str, x: Tensor | None, batch: int, low: int, high: int, tracing: bool) -> Tensor | None:
+def _indices(name: str, x: Tensor | None, q: Tensor, low: int, high: int, tracing: bool) -> Tensor | None:
     """(batch,) int32 in [low, high], contiguous."""
     if x is None:
         return None
-    Shapes(batch=batch).match(name, x, "batch")
+    Shapes(batch=q.shape[0]).match(name, x, "batch")
+    check_tensor(name, x, q.device)
     check_dtype(name, x, (torch.int32, torch.int64))
     if not tracing:
         for value in x.tolist():

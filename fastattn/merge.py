@@ -24,6 +24,9 @@ def merge_states(outs: Tensor | Sequence[Tensor], lses: Tensor | Sequence[Tensor
     Raises:
         ValueError: no parts, or shapes that do not belong together; the message names the argument.
     """
+    for name, parts in (("outs", outs), ("lses", lses)):
+        if not isinstance(parts, Tensor) and len({tuple(x.shape) for x in parts}) > 1:
+            raise ValueError(f"{name}: expected parts of one shape, got {[tuple(x.shape) for x in parts]}")
     out, lse = (
         x if isinstance(x, Tensor) else torch.stack(list(x)) if len(x) else None for x in (outs, lses)
     )

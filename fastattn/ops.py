@@ -12,10 +12,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.functional_tensor import FunctionalTensorMode
 
 from fastattn.args import AttentionArgs, KVAppendArgs
 from fastattn.backends import reference, resolve
-from fastattn.checks import Shapes, check_dtype
+from fastattn.checks import Shapes, check_dtype, check_range, check_tensor
 
 _LIBRARY = torch.library.Library("fastattn", "DEF")  # type: ignore[no-untyped-call]
 _PLAIN = (Tensor, torch.nn.Parameter)
@@ -64,16 +65,17 @@ def attention(args: AttentionArgs, backend: str) -> tuple[Tensor, Tensor | None]
     Raises:
         NotImplementedError: the forced backend, or every backend, lacks a feature of this call.
     """
-    if not args.needs_grad and not is_tracing(args.q, args.k, args.v):
+    tracing = is_tracing(args.q, args.k, args.v)
+    if not args.needs_grad and not tracing:
         direct: tuple[Tensor, Tensor | None] = resolve(backend, args).attention(args)
         return direct
-    if not is_tracing(args.q, args.k, args.v):
+    call: Any = torch.ops.fastattn.attention
+    if not tracing:
         resolve(backend, args)  # a refusal comes now, not in the middle of the backward pass
-    # torch.func's transforms want an autograd.Function: they do not see through an operator's derivative.
-    transformed = (
-        torch._C._functorch.peek_interpreter_stack() is not None and not torch.compiler.is_compiling()
-    )
-    call: Any = _Transformed.apply if transformed else torch.ops.fastattn.attention
+        call = _Eager.apply
+    elif torch._C._functorch.peek_interpreter_stack() is not None and not torch.compiler.is_compiling():
+        # torch.func's transforms want an autograd.Function: they do not see through an operator's derivative.
+        call = _Transformed.apply
     out, lse = call(*_flat(args, backend))
     return out, (lse if args.return_lse else None)
 
@@ -101,13 +103,14 @@ def autocast(*tensors: Any) -> tuple[Any, ...]:
     dtype = torch.get_autocast_dtype("cpu")
     eligible = (torch.float32, torch.bfloat16, torch.float16)
     return tuple(
-        x if x is None or x.dtype not in eligible or x.device.type != "cpu" else x.to(dtype) for x in tensors
+        x if not isinstance(x, Tensor) or x.dtype not in eligible or x.device.type != "cpu" else x.to(dtype)
+        for x in tensors
     )
 
 
 def needs_grad(*tensors: Tensor | None) -> bool:
     """Whether autograd wants to hear of a call with these."""
-    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+    return torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in tensors)
 
 
 def new_rng_state() -> Tensor:
@@ -115,9 +118,11 @@ def new_rng_state() -> Tensor:
     return torch.randint(0, 2**63 - 1, (2,), dtype=torch.int64)
 
 
-def checked_rng_state(dropout_p: float, given: Tensor | None) -> Tensor | None:
-    """The state that a call with this dropout uses."""
+def checked_rng_state(dropout_p: float, given: Tensor | None, device: torch.device) -> Tensor | None:
+    """The state that a call with this dropout uses, both checked."""
+    check_range("dropout_p", dropout_p, 0.0, 1.0)
     if given is not None:
+        check_tensor("rng_state", given, device)
         Shapes().match("rng_state", given, "seed_and_offset")
         check_dtype("rng_state", given, (torch.int64,))
         if given.shape[0] != 2:
@@ -178,12 +183,12 @@ def _attention_fake(*flat: Any) -> tuple[Tensor, Tensor]:
 
 
 def _attention_backward(
-    dout: Tensor, dlse: Tensor, out: Tensor, lse: Tensor, needs_dbias: bool, *flat: Any
+    dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, needs_dbias: bool, *flat: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     args, backend = _args(flat)
     module = resolve(backend, replace(args, needs_grad=True))
-    # autograd hands in zeros where nobody used lse: as good as none, and cheaper.
-    given = dlse if dlse.any() else None
+    # autograd hands in zeros where nobody used lse: as good as none, and cheaper. A GPU is not asked: it would stop.
+    given = dlse if dlse is not None and (dlse.device.type != "cpu" or dlse.any()) else None
     dq, dk, dv, dbias, dsinks = module.attention_backward(
         args, out, lse, dout, given, needs_dbias=needs_dbias
     )
@@ -218,8 +223,11 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> 
     ctx.numbers = inputs[len(_TENSORS) :]
 
 
-def _backward(ctx: Any, dout: Tensor, dlse: Tensor, backward: Any = None) -> tuple[Any, ...]:
+def _backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None, backward: Any = None) -> tuple[Any, ...]:
     *tensors, out, lse = ctx.saved_tensors
+    dout = torch.zeros_like(out) if dout is None else dout
+    if dlse is None and backward is None:
+        dlse = torch.zeros_like(lse)
     flat = (*tensors, *ctx.numbers)
     wanted = dict(zip((*_TENSORS, "softmax_scale"), ctx.needs_input_grad))
     backward = backward or torch.ops.fastattn.attention_backward
@@ -322,6 +330,21 @@ def _fold(n: int, flat: list[Any], mapped: list[bool]) -> list[Any] | None:
     return [*values.values(), *flat[len(_TENSORS) :]]
 
 
+class _Eager(torch.autograd.Function):
+    """The operator's body and derivative without the dispatcher, which takes 0.2 ms to say the same."""
+
+    @staticmethod
+    def forward(ctx: Any, *flat: Any) -> tuple[Tensor, Tensor]:
+        output = _attention(*flat)
+        _setup(ctx, flat, output)
+        ctx.set_materialize_grads(False)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Any, ...]:
+        return _backward(ctx, dout, dlse, None if torch.is_grad_enabled() else _attention_backward)
+
+
 class _Transformed(torch.autograd.Function):
     """The operator under torch.func's transforms."""
 
@@ -356,12 +379,25 @@ class _TransformedBackward(torch.autograd.Function):
         return _batched(_TransformedBackward.apply, None)(info, in_dims, *flat)
 
 
+def _seen_through(mode: Any, operator: Any, types: Any, given: tuple[Any, ...], named: Any = None) -> Any:
+    """torch.compile gets Triton's kernels themselves, not an operator around them, where they serve."""
+    body = _attention if operator is torch.ops.fastattn.attention.default else _attention_backward
+    args, backend = _args(given if body is _attention else given[_GIVEN:])
+    if body is _attention_backward:
+        args = replace(args, needs_grad=True)
+    if args.q.device.type == "cpu" or resolve(backend, args).NAME != "triton":
+        return mode.__torch_dispatch__(operator, types, given, named)
+    with mode:
+        return body(*given)
+
+
 for _name, _body, _fake in (
     ("attention", _attention, _attention_fake),
     ("attention_backward", _attention_backward, _attention_backward_fake),
     ("append_kv", _append_kv, _append_kv_fake),
 ):
-    _LIBRARY.impl(_name, _body, "CPU")  # type: ignore[no-untyped-call]
+    for _device in ("CPU", "CUDA"):
+        _LIBRARY.impl(_name, _body, _device)  # type: ignore[no-untyped-call]
     torch.library.register_fake(f"fastattn::{_name}", _fake, lib=_LIBRARY)
 torch.library.register_autograd("fastattn::attention", _backward, setup_context=_setup, lib=_LIBRARY)
 torch.library.register_autograd(
@@ -373,3 +409,7 @@ torch.library.register_vmap(
 torch.library.register_vmap(
     "fastattn::attention_backward", _batched(torch.ops.fastattn.attention_backward, None), lib=_LIBRARY
 )
+for _name in ("attention", "attention_backward"):
+    torch.library.register_torch_dispatch(
+        f"fastattn::{_name}", FunctionalTensorMode, _seen_through, lib=_LIBRARY
+    )

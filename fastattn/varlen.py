@@ -16,7 +16,7 @@ from fastattn.attention_checks import (
     checked_scale,
     checked_window,
 )
-from fastattn.checks import Shapes, check_dtype, check_pages, check_range
+from fastattn.checks import Shapes, check_dtype, check_integer, check_pages, check_tensor
 
 
 def attention_varlen(
@@ -74,8 +74,10 @@ def attention_varlen(
     keys, values = (x[None] if block_table is None else x for x in (k, v))
     check_qkv(q[None], keys.flatten(0, 1)[None], values.flatten(0, 1)[None])
     for name, value in (("max_seqlen_q", max_seqlen_q), ("max_seqlen_k", max_seqlen_k)):
-        check_range(name, value, 0, 2**31 - 1)
+        check_integer(name, value, 0, 2**31 - 1)
     tracing = ops.is_tracing(q, k, v)
+    for name, starts in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
+        check_tensor(name, starts, q.device)
     _check_cu_seqlens("cu_seqlens_q", cu_seqlens_q, max_seqlen_q, q.shape[0], tracing)
     total_k = None if block_table is not None else k.shape[0]
     _check_cu_seqlens("cu_seqlens_k", cu_seqlens_k, max_seqlen_k, total_k, tracing)
@@ -100,7 +102,7 @@ def attention_varlen(
         attn_mask=attn_mask,
         sinks=sinks,
         dropout_p=dropout_p,
-        rng_state=ops.checked_rng_state(dropout_p, rng_state),
+        rng_state=ops.checked_rng_state(dropout_p, rng_state, q.device),
         cu_seqlens_q=cu_seqlens_q.contiguous(),
         cu_seqlens_k=cu_seqlens_k.contiguous() if block_table is None else None,
         max_seqlen_q=max_seqlen_q,

@@ -5,12 +5,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from pairs import SEED
 from simt.emulator import Emulator, build, compile_bindings
 from simt.machines import MACHINES, Gpu
 from tree import copy_tree
 
 import fastattn
 from fastattn import _C
+
+
+def pytest_report_header() -> str:
+    return f"seeds: 0 before every test, {SEED} for all pairs; hypothesis is derandomised"
 
 
 @pytest.fixture(params=fastattn.cpu_isas())

@@ -8,6 +8,8 @@ from torch import Tensor
 
 from fastattn.linear import PackedLinear
 
+MASK = np.uint64(0xFFFFFFFF)
+
 
 def attention64(
     q: Tensor,
@@ -73,6 +75,29 @@ def attention64(
             out[b, seen, h] = weights[seen] @ vh / total[seen, None]
             lse[b, h, seen] = safe[seen] + np.log(total[seen])
     return torch.from_numpy(out), torch.from_numpy(lse)
+
+
+def philox(counter, key):
+    """Philox4x32-10 in numpy, 32-bit words in uint64."""
+    c, k = [np.asarray(x, np.uint64) for x in counter], [np.uint64(x) for x in key]
+    for _ in range(10):
+        a, b = c[0] * np.uint64(0xD2511F53), c[2] * np.uint64(0xCD9E8D57)
+        c = [(b >> np.uint64(32)) ^ c[1] ^ k[0], b & MASK, (a >> np.uint64(32)) ^ c[3] ^ k[1], a & MASK]
+        k = [(k[0] + np.uint64(0x9E3779B9)) & MASK, (k[1] + np.uint64(0xBB67AE85)) & MASK]
+    return c
+
+
+def keep_oracle(state, batch, nheads, seqlen_q, seqlen_k, p):
+    """Which probabilities csrc/rng.h keeps, (batch, nheads, seqlen_q, seqlen_k) bool."""
+    seed, offset = (int(x) % 2**64 for x in state)
+    zero, domain = np.uint64(0), np.uint64(0x64726F70)
+    call = philox((offset % 2**32, offset >> 32, zero, domain), (seed % 2**32, seed >> 32))[:2]
+    head, i, block = np.meshgrid(
+        np.arange(batch * nheads), np.arange(seqlen_q), np.arange((seqlen_k + 3) // 4), indexing="ij"
+    )
+    words = np.stack(philox((block, i, head, np.full_like(block, int(domain))), call), -1)
+    words = words.reshape(batch, nheads, seqlen_q, (seqlen_k + 3) // 4 * 4)[..., :seqlen_k]
+    return torch.from_numpy(words >= int(p * 2**32))
 
 
 def attention_same_dtype(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False) -> Tensor:

@@ -7,6 +7,8 @@ from collections.abc import Callable
 from itertools import combinations
 from typing import Any
 
+SEED = 20261124
+
 
 def all_pairs(
     axes: dict[str, list[Any]], legal: Callable[[dict[str, Any]], bool], seed: int

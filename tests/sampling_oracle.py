@@ -11,6 +11,32 @@ import numpy as np
 ROUNDING = 1e-11
 
 
+def edited(
+    logits: np.ndarray,
+    counts: np.ndarray | None = None,
+    prompt: np.ndarray | None = None,
+    repetition: float = 1.0,
+    presence: float = 0.0,
+    frequency: float = 0.0,
+    bias: np.ndarray | None = None,
+    allowed: np.ndarray | None = None,
+) -> np.ndarray:
+    """(vocab,) float32 logits after penalties, bias and mask: double arithmetic, one rounding, token by token."""
+    out = np.empty(len(logits), dtype=np.float32)
+    for i, logit in enumerate(logits):
+        x = float(logit)
+        written = int(counts[i]) if counts is not None else 0
+        if written > 0 or (prompt is not None and prompt[i]):
+            x = x * (1.0 / repetition if x > 0.0 else repetition)
+        if written > 0:
+            x = x - frequency * written
+            x = x - presence
+        if bias is not None:
+            x = x + float(bias[i])
+        out[i] = np.float32(x) if allowed is None or allowed[i] else -math.inf
+    return out
+
+
 @dataclass(frozen=True)
 class Kept:
     """A prefix of the total order, whose length may be any of a few where masses tie within rounding."""

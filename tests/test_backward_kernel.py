@@ -214,7 +214,7 @@ def test_bias_shapes(isa):
 
 
 def test_bias_in_each_dtype(isa):
-    for dtype, bias_dtype in itertools.product(DTYPES, DTYPES):
+    for dtype, bias_dtype in itertools.product(DTYPES, [*DTYPES, torch.float64]):
         args = inputs(dtype, seqlen_q=70, seqlen_k=300, headdim=16, headdim_v=16)
         for shape in ((1, 4, 70, 300), (2, 1, 1, 300)):
             check(replaced(args, attn_bias=torch.randn(shape).to(bias_dtype)), label=f"{bias_dtype} {shape}")
@@ -260,6 +260,11 @@ def test_bits_do_not_depend_on_threads(isa, threads):
         replaced(base, attn_bias=torch.randn(1, 1, 600, 700)),
         replaced(base, attn_bias=torch.randn(1, 2, 600, 1)),
         replaced(base, dropout_p=0.2, rng_state=torch.tensor([1, 2])),
+        # A bias that the batch shares: its gradient is added up over sequences.
+        replaced(
+            inputs(torch.float32, batch=3, seqlen_q=90, seqlen_k=200, nheads=2, nheads_k=1, headdim=32),
+            attn_bias=torch.randn(1, 2, 90, 200),
+        ),
     ]
     for args in calls:
         dout = dout_of(args)

@@ -143,3 +143,26 @@ def test_the_plot_follows_from_the_rows_alone(tmp_path):
         draw(rows, tmp_path / name, "sha256 of the rows")
     assert (tmp_path / "a.svg").read_bytes() == (tmp_path / "b.svg").read_bytes()
     assert "sha256 of the rows" in (tmp_path / "a.svg").read_text()
+
+
+def test_models_are_measured_and_tabled():
+    pytest.importorskip("transformers")
+    from model_rows import MODELS, geometric_mean, model_rows
+
+    rows = [
+        row
+        for model in MODELS
+        if model.name.startswith(("BLOOM", "T5"))
+        for row in model_rows(model, 16, True)
+    ]
+    for row in rows:
+        others = {who: t["min"] for who, t in row["seconds"].items() if who != "fastattn"}
+        assert row["speedup"] == others[row["default"]] / row["seconds"]["fastattn"]["min"]
+        assert row["speedup_best"] == min(others.values()) / row["seconds"]["fastattn"]["min"]
+        assert row["error"] < 1e-5
+    assert {row["what"] for row in rows} == {"forward", "training"}
+    assert geometric_mean([0.5, 2.0, 8.0]) == pytest.approx(2.0)
+    record = {"rows": rows, "geometric_mean": 1.0, "environment": made_record()["environment"]}
+    text = "\n".join(report.models_table(record))
+    assert "| BLOOM-560M, 4 layers | 16 |" in text
+    assert "x eager" in text

@@ -13,7 +13,8 @@ import torch
 from test_generate import tiny_llm
 from tiny_vocabulary import needs_smollm2
 
-from fastattn import available_backends, cli, commands
+from fastattn import cli, commands
+from fastattn.backends import BACKENDS
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
@@ -81,6 +82,22 @@ class TestGenerate:
         record = json.loads(fastattn("generate", "-n", "2", "--top-k", "1", "--ignore-eos", "--json", "@")[1])
         assert (record["text"], record["finish_reason"]) == ("hello w", "length")
 
+    def test_what_is_drawn_can_be_steered(self, fastattn):
+        x, y = (tiny_llm().tokenizer.encode(text)[0] for text in "xy")
+        draw = ("generate", "-n", "8", "--ignore-eos", "--json", "@")
+        record = json.loads(fastattn(*draw, "--logit-bias", f"{x}=1e6", "--logprobs", "2")[1])
+        assert record["text"] == "xxxxxxxx"
+        assert len(record["logprobs"]) == len(record["top_logprobs"]) == 8
+        assert all(len(best) == 2 and best[0][1] >= best[1][1] for best in record["top_logprobs"])
+        banned = ("--logit-bias", f"{x}=-inf", "--top-k", "0", "--top-p", "1")
+        assert (
+            json.loads(fastattn(*draw, "--allowed", str(x), "--allowed", str(y), *banned)[1])["text"]
+            == "yyyyyyyy"
+        )
+        penalty = ("--repetition-penalty", "1e30", "--presence-penalty", "9", "--frequency-penalty", "9")
+        once = json.loads(fastattn(*draw, "--temperature", "0", *penalty)[1])["token_ids"]
+        assert len(set(once)) == 8
+
     def test_a_seed_of_its_own_each_time(self, fastattn):
         seeds = {json.loads(fastattn("generate", "-n", "1", "--json", "@")[1])["seed"] for _ in range(3)}
         assert len(seeds) == 3
@@ -117,7 +134,7 @@ class TestGenerate:
             (["--threads", "0", "x"], "threads: expected at least 1, got 0"),
             (
                 ["--backend", "abacus", "x"],
-                f"backend: expected one of auto, {', '.join(available_backends())}, got 'abacus'",
+                f"backend: expected one of auto, {', '.join(BACKENDS)}, got 'abacus'",
             ),
             (["-f", "/no/such/file"], "[Errno 2] No such file or directory: '/no/such/file'"),
             (["--n-shots", "1", "x"], "n_shots: expected 0 to the 0 examples of --shots, got 1"),
@@ -133,6 +150,8 @@ class TestGenerate:
             ["generate"],
             ["generate", "x", "-f", "y"],
             ["generate", "--no-such", "x"],
+            ["generate", "--logit-bias", "x=1", "x"],
+            ["generate", "--logprobs", "1", "x"],
             ["sing"],
         ):
             status, out, err = fastattn(*arguments)

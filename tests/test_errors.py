@@ -11,10 +11,12 @@ import torch
 import fastattn
 from fastattn import attention, attention_with_kvcache
 from fastattn.backends import cpu, reference
+from fastattn.flash_attn import flash_attn_qkvpacked_func
 
 q = torch.randn(2, 5, 8, 64)
 k = torch.randn(2, 77, 4, 64)
 v = torch.randn(2, 77, 4, 64)
+meta = torch.device("meta")
 cache = torch.zeros(2, 10, 4, 64)
 new = torch.zeros(2, 3, 4, 64)
 table = torch.zeros(10, 16)
@@ -48,7 +50,22 @@ ATTENTION = [
     ({"alibi_slopes": torch.zeros(3)}, ValueError, "alibi_slopes: expected (nheads=8,) or (batch=2, nheads=8), got (3,)"),
     ({"alibi_slopes": torch.zeros(8, requires_grad=True)}, ValueError, "alibi_slopes: expected a tensor without requires_grad"),
     ({"sinks": torch.zeros(4)}, ValueError, "sinks: expected (nheads=8), got (4,)"),
-    ({"backend": "tpu"}, ValueError, f"backend: expected one of auto, {NAMES}, got 'tpu'"),
+    ({"softmax_scale": "1"}, TypeError, "softmax_scale: expected a number, got str"),
+    ({"window_size": None}, ValueError, "window_size: expected (left, right) with values >= -1, got None"),
+    ({"dropout_p": None}, TypeError, "dropout_p: expected a number, got NoneType"),
+    ({"dropout_p": 0.1, "rng_state": torch.zeros(2, dtype=torch.int64, device=meta)}, ValueError,
+     "rng_state: expected the device of the other tensors, cpu, got meta"),
+    ({"attn_bias": [1.0]}, TypeError, "attn_bias: expected a torch.Tensor, got list"),
+    ({"attn_bias": torch.zeros(77, device=meta)}, ValueError, "attn_bias: expected the device of the other tensors, cpu, got meta"),
+    ({"attn_mask": [True]}, TypeError, "attn_mask: expected a torch.Tensor, got list"),
+    ({"attn_mask": torch.ones(77, dtype=torch.bool, device=meta)}, ValueError, "attn_mask: expected the device"),
+    ({"alibi_slopes": [1.0]}, TypeError, "alibi_slopes: expected a torch.Tensor, got list"),
+    ({"alibi_slopes": torch.zeros(8, device=meta)}, ValueError, "alibi_slopes: expected the device"),
+    ({"alibi_slopes": torch.zeros(8, dtype=torch.bool)}, TypeError, "alibi_slopes: expected a float dtype, got torch.bool"),
+    ({"sinks": [0.0]}, TypeError, "sinks: expected a torch.Tensor, got list"),
+    ({"sinks": torch.zeros(8, device=meta)}, ValueError, "sinks: expected the device"),
+    ({"sinks": torch.zeros(8, dtype=torch.int64)}, TypeError, "sinks: expected a float dtype, got torch.int64"),
+    ({"backend": "tpu"}, ValueError, "backend: expected one of auto, "),
 ]  # fmt: skip
 
 
@@ -93,6 +110,18 @@ KVCACHE = [
      "cache_batch_idx: expected None together with block_table"),
     ({"k_scale": torch.zeros(2, 10, 4)}, ValueError, "k_scale, v_scale: expected both or neither"),
     ({"k_scale": torch.zeros(2, 10, 4), "v_scale": torch.zeros(2, 10, 4)}, ValueError, "k_scale: expected with an int8 cache"),
+    ({"num_splits": 1.5}, TypeError, "num_splits: expected an int, got float"),
+    ({"block_table": [[0], [1]]}, TypeError, "block_table: expected a torch.Tensor, got list"),
+    ({"block_table": torch.tensor(0, dtype=torch.int32)}, ValueError, "block_table: expected (batch=2, max_blocks), got ()"),
+    ({"block_table": torch.zeros(2, 1, dtype=torch.int32, device=meta)}, ValueError, "block_table: expected the device"),
+    ({"cache_seqlens": torch.tensor([1, 2], device=meta)}, ValueError, "cache_seqlens: expected the device"),
+    ({"cache_batch_idx": torch.tensor([0, 1], device=meta)}, ValueError, "cache_batch_idx: expected the device"),
+    ({"cache_leftpad": torch.tensor([0, 1], device=meta)}, ValueError, "cache_leftpad: expected the device"),
+    ({"rotary_cos": table.to(meta), "rotary_sin": table, "cache_seqlens": 1}, ValueError, "rotary_cos: expected the device"),
+    ({"rotary_cos": table, "rotary_sin": table.int(), "cache_seqlens": 1}, TypeError,
+     "rotary_sin: expected a float dtype, got torch.int32"),
+    ({"k_cache": cache.to(torch.int8), "k_scale": torch.zeros(2, 10, 4, device=meta), "v_scale": torch.zeros(2, 10, 4)},
+     ValueError, "k_scale: expected the device"),
     ({"num_splits": -1}, ValueError, "num_splits: expected a value in [0, inf], got -1"),
     ({"k_cache": torch.zeros(2, 10, 5, 64)}, ValueError, "k_cache: expected nheads_k that divides nheads=8, got nheads_k=5"),
 ]  # fmt: skip
@@ -107,6 +136,22 @@ def test_kvcache(change, error, message):
         attention_with_kvcache(**call)
 
 
+FLASH_ATTN = [
+    ({"window_size": None}, ValueError, "window_size: expected (left, right)"),
+    ({"window_size": (None, 0)}, ValueError, "window_size: expected (left, right)"),
+    ({"dropout_p": "0"}, TypeError, "dropout_p: expected a number, got str"),
+    ({"softcap": None}, TypeError, "softcap: expected a number, got NoneType"),
+    ({"qkv": None}, TypeError, "qkv: expected a torch.Tensor, got NoneType"),
+    ({"qkv": torch.zeros(2, 5, 2, 4, 8)}, ValueError, "qkv: expected (batch, seqlen, 3, nheads, headdim), got (2, 5, 2, 4, 8)"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("change", "error", "message"), FLASH_ATTN)
+def test_flash_attn(change, error, message):
+    with pytest.raises(error, match="^" + re.escape(message)):
+        flash_attn_qkvpacked_func(**{"qkv": torch.zeros(2, 5, 3, 4, 8), **change})
+
+
 def test_what_a_backend_lacks_is_named(monkeypatch):
     monkeypatch.setattr(cpu, "FEATURES", frozenset({"sinks"}))
     with pytest.raises(
@@ -116,7 +161,7 @@ def test_what_a_backend_lacks_is_named(monkeypatch):
     assert attention(q, k, v, softcap=3.0).shape == q.shape
     monkeypatch.setattr(reference, "FEATURES", frozenset({"softcap"}))
     with pytest.raises(
-        NotImplementedError, match=r"no backend .* \(.*cpu: lacks 'window'; reference: lacks 'window'\)"
+        NotImplementedError, match=r"no backend .* \(.*cpu: lacks 'window'; .*reference: lacks 'window'\)"
     ):
         attention(q, k, v, window_size=(3, 3))
 

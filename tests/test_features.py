@@ -11,15 +11,14 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from oracles import attention64
-from pairs import all_pairs
+from oracles import attention64, keep_oracle
+from pairs import SEED, all_pairs
 
 import fastattn
 from fastattn import _C, attention
 
-SEED = 20261124
 AXES = {
     "dtype": [torch.float32, torch.bfloat16, torch.float16, torch.float64],
     "heads": [(4, 4), (4, 2), (4, 1), (8, 1)],
@@ -33,13 +32,18 @@ AXES = {
     "bias": [None, "11qk", "b11k", "1hqk", "bhq1", "qk", "inf", "turned"],
     "mask": [None, "left", "right", "random", "true", "rows"],
     "sinks": [False, True],
+    "dropout": [0.0, 0.2],
     "strides": ["plain", "head-major", "slices"],
 }
 BATCH = 2
 
 
 def legal(case):
-    return not (case["lengths"][0] > 500 and case["headdim"] > 128)  # time
+    slow = case["lengths"][0] > 500 and case["headdim"] > 128
+    # Of one key softmax has no gradient. PyTorch finds exactly that; with dropout we find what rounding out to 16 bits
+    # leaves of it, as FlashAttention-2 does.
+    one_key = case["lengths"][1] == 1 or case["window"] == (0, 0)
+    return not slow and not (case["dropout"] and (case["softcap"] or one_key))
 
 
 CASES = all_pairs(AXES, legal, SEED)
@@ -70,6 +74,8 @@ def build(case):
         call["attn_mask"] = make_mask(case["mask"], nheads, seqlen_q, seqlen_k)
     if case["sinks"]:
         call["sinks"] = torch.randn(nheads).to(dtype)
+    if case["dropout"]:
+        call |= {"dropout_p": case["dropout"], "rng_state": torch.tensor([-3, 2**33])}
     return q, k, v, call
 
 
@@ -101,8 +107,9 @@ def make_mask(kind, nheads, seqlen_q, seqlen_k):
 
 
 def by_hand(
-    q, k, v, *, causal, window_size, softcap, alibi_slopes=None, attn_bias=None, attn_mask=None, sinks=None
-):
+    q, k, v, *, causal, window_size, softcap, alibi_slopes=None, attn_bias=None, attn_mask=None, sinks=None,
+    dropout_p=0.0, rng_state=None,
+):  # fmt: skip
     """The same in plain PyTorch, in the dtype of q throughout."""
     group, (seqlen_q, seqlen_k) = q.shape[2] // k.shape[2], (q.shape[1], k.shape[1])
     qt, kt, vt = q.transpose(1, 2), *(x.transpose(1, 2).repeat_interleave(group, 1) for x in (k, v))
@@ -128,7 +135,24 @@ def by_hand(
         scores = torch.cat([scores, column], -1)
     empty = (scores == -math.inf).all(-1, keepdim=True)
     probs = torch.softmax(scores.masked_fill(empty, 0.0), -1).masked_fill(empty | (scores == -math.inf), 0.0)
-    return (probs[..., :seqlen_k] @ vt).transpose(1, 2)
+    probs = probs[..., :seqlen_k]
+    if dropout_p:
+        probs = probs * keep_oracle(rng_state, *probs.shape, dropout_p) / (1 - dropout_p)
+    return (probs @ vt).transpose(1, 2)
+
+
+def widened(call):
+    return {
+        n: x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x for n, x in call.items()
+    }
+
+
+def truth_of(q, k, v, call):
+    """out and lse, which dropout leaves alone, in float64."""
+    out, lse = attention64(q, k, v, **{n: x for n, x in call.items() if n not in ("dropout_p", "rng_state")})
+    if "dropout_p" in call:
+        out = by_hand(q.double(), k.double(), v.double(), **widened(call))
+    return out, lse
 
 
 def close_enough(found, yardstick, truth, factor, floor, label, eps, roundings=1):
@@ -154,7 +178,7 @@ def close_enough(found, yardstick, truth, factor, floor, label, eps, roundings=1
 def test_forward(number):
     case = CASES[number]
     q, k, v, call = build(case)
-    truth, lse64 = attention64(q, k, v, **call)
+    truth, lse64 = truth_of(q, k, v, call)
     yardstick = by_hand(q, k, v, **call)
     before = _C.isa()
     try:
@@ -182,15 +206,12 @@ def gradients(function, q, k, v, call, dout):
     return {n: torch.zeros_like(x) if g is None else g for (n, x), g in zip(leaves.items(), grads)}
 
 
-@pytest.mark.parametrize("number", range(0, len(CASES), 2))
+@pytest.mark.parametrize("number", range(len(CASES)))
 def test_backward(number):
     case = CASES[number]
     q, k, v, call = build(case)
     dout = torch.randn(*q.shape[:3], v.shape[3]).to(q.dtype)
-    wide = {
-        n: x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x for n, x in call.items()
-    }
-    truth = gradients(by_hand, q.double(), k.double(), v.double(), wide, dout)
+    truth = gradients(by_hand, q.double(), k.double(), v.double(), widened(call), dout)
     yardstick = gradients(by_hand, q, k, v, call, dout)
     before = _C.isa()
     try:
@@ -216,14 +237,16 @@ SMALL = {
 
 @st.composite
 def small_cases(draw):
-    return {name: draw(st.sampled_from(values)) for name, values in SMALL.items()}
+    case = {name: draw(st.sampled_from(values)) for name, values in SMALL.items()}
+    assume(legal(case))
+    return case
 
 
 @settings(max_examples=700, deadline=None, derandomize=True)
 @given(case=small_cases(), isa=st.sampled_from(fastattn.cpu_isas()))
 def test_random_forward(case, isa):
     q, k, v, call = build(case)
-    truth, lse64 = attention64(q, k, v, **call)
+    truth, lse64 = truth_of(q, k, v, call)
     before = _C.isa()
     try:
         _C.select_isa(isa)
@@ -240,10 +263,7 @@ def test_random_forward(case, isa):
 def test_random_backward(case, isa):
     q, k, v, call = build(case | {"dtype": torch.float32})
     dout = torch.randn(*q.shape[:3], v.shape[3])
-    wide = {
-        n: x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x for n, x in call.items()
-    }
-    truth = gradients(by_hand, q.double(), k.double(), v.double(), wide, dout)
+    truth = gradients(by_hand, q.double(), k.double(), v.double(), widened(call), dout)
     before = _C.isa()
     try:
         _C.select_isa(isa)

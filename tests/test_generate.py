@@ -96,6 +96,59 @@ class TestGenerate:
         done = tiny_llm("hello w").generate("@", temperature=0, max_new_tokens=1)
         assert (done.text, done.finish_reason, len(done.token_ids)) == ("hello", "length", 1)
 
+    def test_penalties_see_the_prompt_and_the_text(self):
+        # A flat model under a penalty that nothing survives twice writes every token once.
+        llm = tiny_llm()
+        llm.decoder.logits = lambda history: torch.zeros(VOCAB)
+        call = {"max_new_tokens": 50, "seed": 1, "ignore_eos": True}
+        prompt = llm.tokenizer.encode("hello w")
+        for penalty in ({"presence_penalty": 1e9}, {"frequency_penalty": 1e9}):
+            ids = llm.generate("hello w", **call, **penalty).token_ids
+            assert len(set(ids)) == 50
+        llm.decoder.logits = lambda history: torch.full((VOCAB,), 100.0)
+        ids = llm.generate("hello w", **call, repetition_penalty=1e9).token_ids
+        assert len(set(ids)) == 50
+        assert not set(ids) & set(prompt)
+
+    def test_penalties_do_not_depend_on_batchmates(self):
+        call = DRAW | {"repetition_penalty": 1.5, "frequency_penalty": 0.3, "seed": 4, "stop": "e"}
+        prompts = ["a", "hello w", "say it again", "xyz"]
+        together = tiny_llm().generate(prompts, **call)
+        alone = [tiny_llm().generate(prompt, **call) for prompt in prompts]
+        assert [done.token_ids for done in together] == [done.token_ids for done in alone]
+
+    def test_logit_bias_and_allowed(self):
+        wanted = tiny_tokenizer().encode("xyz")
+        call = {"max_new_tokens": 20, "seed": 0}
+        biased = tiny_llm().generate("@", **call, logit_bias={wanted[0]: 1e4, wanted[1]: -math.inf})
+        assert set(biased.token_ids) == {wanted[0]}
+        listed = tiny_llm().generate("@", **call, allowed=wanted)
+        assert set(listed.token_ids) == set(wanted)
+        mask = torch.zeros(3, VOCAB, dtype=torch.bool)
+        mask[range(3), wanted] = True
+
+        def in_turn(drawn: list[int]) -> torch.Tensor | None:
+            return mask[len(drawn) % 3] if len(drawn) < 9 else None
+
+        grammar = tiny_llm().generate(["@", "a@"], **call, allowed=in_turn)
+        for done in grammar:
+            assert done.token_ids[:9] == wanted * 3
+            assert not set(done.token_ids[9:]) <= set(wanted)
+
+    def test_logprobs(self):
+        llm = tiny_llm()
+        done = llm.generate("@hello", **DRAW, max_new_tokens=10, seed=3, logprobs=4, logit_bias={7: -1.0})
+        assert done.logprobs is not None
+        assert len(done.logprobs) == len(done.top_logprobs) == 10
+        history = llm.tokenizer.encode("@hello")
+        for token, logprob, best in zip(done.token_ids, done.logprobs, done.top_logprobs):
+            expected = llm.decoder.logits(history).log_softmax(0)  # (vocab,)
+            assert logprob == pytest.approx(float(expected[token]), abs=1e-5)
+            assert [i for i, _ in best] == expected.topk(4).indices.tolist()
+            assert [p for _, p in best] == pytest.approx(expected.topk(4).values.tolist(), abs=1e-5)
+            history.append(token)
+        assert llm.generate("@", max_new_tokens=1).logprobs is None
+
     def test_the_context_ends_a_text(self):
         done = tiny_llm().generate("x" * 60, max_new_tokens=100, seed=0)
         assert (len(done.token_ids), done.finish_reason) == (4, "length")
@@ -291,6 +344,20 @@ class TestArguments:
             ({"top_k": True}, TypeError, "top_k: expected an int, got bool"),
             ({"top_p": 1.1}, ValueError, r"top_p: expected a value in \[0.0, 1.0\], got 1.1"),
             ({"min_p": -0.1}, ValueError, "min_p: .* got -0.1"),
+            ({"repetition_penalty": 0.0}, ValueError, "repetition_penalty: .* got 0.0"),
+            ({"presence_penalty": math.inf}, ValueError, "presence_penalty: .* got inf"),
+            ({"frequency_penalty": "1"}, TypeError, "frequency_penalty: expected a number, got str"),
+            (
+                {"logit_bias": [1.0]},
+                TypeError,
+                "logit_bias: expected a mapping from token ids to numbers, got list",
+            ),
+            ({"logit_bias": {-1: 1.0}}, ValueError, "logit_bias: .* got -1"),
+            ({"logit_bias": {VOCAB: 1.0}}, ValueError, "logit_bias: expected ids below 266, got 266"),
+            ({"logit_bias": {1: math.nan}}, ValueError, r"logit_bias\[1\]: .* got nan"),
+            ({"allowed": [0, "a"]}, TypeError, r"allowed\[1\]: expected an int, got str"),
+            ({"allowed": [VOCAB]}, ValueError, "allowed: expected ids below 266, got 266"),
+            ({"logprobs": -1}, ValueError, "logprobs: .* got -1"),
             ({"seed": -1}, ValueError, "seed: .* got -1"),
             ({"seed": [1, 2]}, ValueError, "seed: expected one number or 1, one per prompt, got 2"),
             ({"seed": ["a"]}, TypeError, r"seed\[0\]: expected an int, got str"),

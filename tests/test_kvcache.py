@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from itertools import pairwise
 
 import pytest
@@ -202,3 +203,55 @@ def test_gradients_are_kept_or_refused(wanted):
     assert given[wanted].grad.abs().sum() > 0
     with torch.no_grad():
         assert not call("cpu").requires_grad
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize("batch", [2, 70])
+def test_the_quick_way_is_the_same_way(dtype, batch, monkeypatch):
+    """Plain decode steps skip the tour through Python: the same bits, in the output and in the cache."""
+    nheads, nheads_k, headdim, capacity = 4, 2, 24, 40
+    heads = torch.randn(batch, 3, nheads + 2 * nheads_k, headdim).to(dtype)
+    q, k, v = heads.split([nheads, nheads_k, nheads_k], dim=2)  # strided, as a model's projections are
+    caches = [torch.randn(batch, capacity, nheads_k, headdim).to(dtype) for _ in range(2)]
+    lengths = torch.arange(batch) % (capacity - 3)
+    cos, sin = rotary_table(capacity, 16)
+    steps = []  # the answers of plain_kvcache
+    inner = sys.modules["fastattn.kvcache"].plain_kvcache
+    for new in ((k, v), (None, None)):
+        for seqlens in (lengths, lengths.int(), 7, None):
+            for rotary in ({}, {"rotary_cos": cos, "rotary_sin": sin}):
+                if rotary and seqlens is None and new[0] is None:
+                    continue  # no table reaches beyond a full cache
+                for causal in (False, True):
+                    call = {"cache_seqlens": seqlens, "causal": causal, **rotary}
+                    results = []
+                    for way in (lambda *a: steps.append(inner(*a)) or steps[-1], None):
+                        monkeypatch.setattr(sys.modules["fastattn.kvcache"], "plain_kvcache", way)
+                        k_cache, v_cache = (x.clone() for x in caches)
+                        out = attention_with_kvcache(q, k_cache, v_cache, *new, **call)
+                        results.append((out, k_cache, v_cache))
+                    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True)), call
+    assert all(step is not None for step in steps)  # each of them was plain
+    assert len(steps) == 30
+
+
+def test_what_is_not_plain_leaves_the_cache_alone():
+    """The quick way refuses before it writes; the long way then says what is wrong."""
+    plain_kvcache = sys.modules["fastattn.kvcache"].plain_kvcache
+    q, new = torch.randn(2, 1, 4, 8), torch.randn(2, 1, 2, 8)
+    cos, sin = rotary_table(10, 8)
+    good = [q, None, None, new, new, 3, cos, sin, True, True, None, 1]
+    wrong = [
+        (0, q.half()), (0, q[:1]), (0, q[..., :4]), (3, None), (3, new.half()), (4, new[:, :, :1]), (5, 11), (5, -1),
+        (5, 10), (5, torch.tensor([3])), (5, torch.tensor([3.0, 3.0])), (5, torch.tensor([3, 10])), (6, None),
+        (6, cos.double()), (6, cos[:3]), (6, torch.ones(10, 5)), (6, cos.t()), (9, 1), (10, math.nan),
+    ]  # fmt: skip
+    for place, value in [(None, None), *wrong]:
+        caches = torch.zeros(2, 2, 10, 2, 8)
+        call = list(good)
+        call[1], call[2] = caches
+        if place is not None:
+            call[place] = value
+        out = plain_kvcache(*call)
+        assert (out is None) == (place is not None), (place, value)
+        assert (caches != 0).any() == (place is None)

@@ -18,18 +18,25 @@ FLOORS = {
     "fastattn.backends.reference_sampling": 4,
     "fastattn.backends.reference_dropout": 4,
     "fastattn.backends.cpu": 4,
+    "fastattn.backends.triton": 4,
     "fastattn.backends.cpu_gradients": 4,
     "fastattn.backends.cuda": 4,
+    "fastattn.backends.cpu_sampling": 4,
     "fastattn.args": 5,
     "fastattn.checks": 5,
     "fastattn.attention_checks": 5,
+    "fastattn.sampling_checks": 5,
+    "fastattn.token_counts": 5,
     "fastattn.ops": 5,
     "fastattn.backends": 5,
     "fastattn.attention": 6,
     "fastattn.varlen": 6,
     "fastattn.kvcache": 6,
     "fastattn.merge": 6,
+    "fastattn.sdpa": 6,
     "fastattn.flash_attn": 7,
+    "fastattn.nn": 7,
+    "fastattn.integrations": 8,
     "fastattn.sampling": 6,
     "fastattn.linear": 6,
     "fastattn.fused": 6,
@@ -37,6 +44,7 @@ FLOORS = {
     "fastattn.tokenizer": 8,
     "fastattn.vocabulary": 8,
     "fastattn.decoding": 8,
+    "fastattn.choice": 8,
     "fastattn.prompts": 8,
     "fastattn.generate": 8,
     "fastattn.info": 8,
@@ -99,7 +107,12 @@ def test_imports_go_downwards():
             floor = floor_of(target)
             assert floor is not None, f"{module} imports {target}, which has no floor"
             one_backend = own == floor == 4 and target.startswith(module)  # reference and reference_sampling
-            if not (floor < own or (floor == own and own in SHARED) or one_backend):
+            one_folder = (
+                own == floor == 6
+                and module.startswith("fastattn.sampling")
+                and target.startswith("fastattn.sampling.")
+            )
+            if not (floor < own or (floor == own and own in SHARED) or one_backend or one_folder):
                 wrong.append(f"{module} (floor {own}) imports {target} (floor {floor})")
     assert not wrong, "\n".join(wrong)
 
@@ -110,6 +123,12 @@ def test_backends_do_not_know_each_other():
         backend = path.stem.split("_")[0]
         for other in {p.stem for p in files if p.stem.split("_")[0] != backend}:
             assert f"backends.{other}" not in path.read_text(), f"{path.name} imports {other}"
+
+
+def test_triton_kernels_know_only_each_other():
+    for path in sorted((ROOT / "kernels").glob("*.py")):
+        for target in imports_of(ast.parse(path.read_text())):
+            assert target.startswith("fastattn.kernels"), f"{path.name} imports {target}"
 
 
 def test_kernels_include_no_framework_and_no_standard_library():
@@ -125,6 +144,9 @@ def test_kernels_include_no_framework_and_no_standard_library():
         *bindings,
         "plain_attention.h",
         "plain_attention.cpp",
+        "plain_kvcache.cpp",
+        "plain_tensor.h",
+        "plain_tensor.cpp",
     }  # compiled without -m flags
     for path in sorted((ROOT / "csrc").rglob("*")):
         if path.suffix not in {".h", ".cpp", ".inc", ".cu", ".cuh"}:
@@ -146,6 +168,7 @@ def test_sizes():
         ("fastattn", ["*.py"]),
         ("csrc", ["*.h", "*.cpp", "*.cu", "*.cuh"]),
         ("benchmarks", ["*.py"]),
+        ("kernels", ["*.py"]),
     ):
         for pattern in patterns:
             for path in (ROOT / folder).rglob(pattern):

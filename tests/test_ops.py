@@ -147,6 +147,19 @@ def test_compiled_training_step(compiler):
             )
 
 
+def test_compiled_with_numbers_that_change():
+    """From the second value on torch.compile holds a symbol, no number."""
+    torch._dynamo.reset()
+    q, k, v = torch.randn(1, 5, 2, 8), torch.randn(1, 6, 2, 8), torch.randn(1, 6, 2, 8)
+
+    def call(q, k, v, x):
+        return attention(q, k, v, softmax_scale=x, softcap=9 * x)
+
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    for x in (0.3, 0.5, 0.7):
+        assert torch.equal(compiled(q, k, v, x), call(q, k, v, x))
+
+
 def test_compiled_decode_step():
     torch._dynamo.reset()
     q, new = torch.randn(2, 1, 4, 8), torch.randn(2, 1, 2, 8)

@@ -45,6 +45,7 @@ def test_wheel_holds_the_package(wheel):
     for name in (
         "fastattn/__init__.py",
         "fastattn/backends/cpu.py",
+        "fastattn/kernels/attention.py",
         "fastattn/model/llama.py",
         "fastattn/py.typed",
     ):

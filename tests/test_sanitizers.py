@@ -10,6 +10,12 @@ from tree import run
 
 KERNEL_TESTS = [
     "tests/test_kvcache.py",
+    "tests/test_kvcache_layouts.py",
+    "tests/test_varlen.py",
+    "tests/test_backward_kernel.py::test_features",
+    "tests/test_backward_kernel.py::test_bias_shapes",
+    "tests/test_backward_kernel.py::test_packed_sequences",
+    "tests/test_dropout.py::test_the_mask_is_the_one_defined",
     "tests/test_linear.py",
     "tests/test_fused.py",
     "tests/test_attention.py::test_random_calls",

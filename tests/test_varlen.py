@@ -125,6 +125,12 @@ def test_errors():
                 "max_seqlen_k": max_k, **change}  # fmt: skip
         with pytest.raises(ValueError, match=message):
             attention_varlen(**call)
+    with pytest.raises(
+        ValueError, match="cu_seqlens_k: expected the device of the other tensors, cpu, got meta"
+    ):
+        attention_varlen(q, k, v, cu_q, cu_k.to("meta"), max_q, max_k)
+    with pytest.raises(TypeError, match="max_seqlen_k: expected an int, got float"):
+        attention_varlen(q, k, v, cu_q, cu_k, max_q, float(max_k))
     with pytest.raises(TypeError, match="cu_seqlens_q: expected dtype int32, got int64"):
         attention_varlen(q, k, v, cu_q.long(), cu_k, max_q, max_k)
 
@@ -159,6 +165,10 @@ def test_merging_nothing_and_gradients():
     assert dead.grad.isfinite().all()
     for args, message in (
         (([], []), "outs: expected at least one part"),
+        (
+            ([outs[0], outs[0][:, :1]], lses[:2]),
+            r"outs: expected parts of one shape, got \[\(1, 2, 3, 4\), \(1, 1, 3, 4\)\]",
+        ),
         (([outs[0]], [lses[0].transpose(1, 2)]), r"lses: expected \(1, 1, 3, 2\)"),
         ((torch.zeros(2, 3), torch.zeros(2)), "outs: expected parts of 3"),
     ):

@@ -12,6 +12,7 @@ namespace {
 constexpr int64_t kSerialWork = int64_t{1} << 18;   // multiply-adds below which waking threads costs more than it saves
 constexpr int64_t kSharedReals = int64_t{1} << 20;  // partial results that may wait in memory to be merged
 constexpr int64_t kItemsPerThread = 4;              // fewer leave threads idle at the end
+constexpr int64_t kEvenShares = 32;                 // grains per thread, at least
 
 // Kernel is ForwardTile or DecodeRows: attend(begin, end, state) over one WorkItem.
 template <class Vec, class Kernel>
@@ -80,7 +81,7 @@ class Forward {
 
   // Many rows: an item walks through all its keys.
   void run_items() const {
-    parallel_for(items_, nthreads_, [&](int64_t index) {
+    const auto run = [&](int64_t index) {
       const Place place = place_of(index);
       if (place.item.rows <= 0) return;
       const int64_t rows = place.item.rows * place.item.heads;
@@ -91,14 +92,27 @@ class Forward {
         total.clear(rows);
       } else {
         Kernel kernel(p_, place.sequence, place.item, own);
-        kernel.attend(place.begin(place.first), place.end(place.first), total);
-        for (int64_t chunk = place.first + 1; chunk < place.last; ++chunk) {
-          kernel.attend(place.begin(chunk), place.end(chunk), part);
-          merge<Vec>(total, part, rows);
+        for (int64_t chunk = place.first; chunk < place.last; ++chunk) {
+          const State& state = chunk == place.first ? total : part;
+          if (Kernel::kLooksAhead && chunk + 1 == place.last && index + 1 < items_)
+            attend_before(place_of(index + 1), &kernel, place.begin(chunk), place.end(chunk), state);
+          else
+            kernel.attend(place.begin(chunk), place.end(chunk), state);
+          if (chunk > place.first) merge<Vec>(total, part, rows);
         }
       }
       finalize<Vec>(p_, place.sequence, place.item, total);
-    });
+    };
+    // Neighbours in one hand, so that the next item can be foreseen, but not so many that threads end unevenly.
+    parallel_for(items_, nthreads_, run, at_least(1, items_ / (kEvenShares * nthreads_)));
+  }
+
+  // The last keys of an item, with an eye on the next one.
+  static void attend_before(const Place& next, Kernel* kernel, int64_t begin, int64_t end, const State& state) {
+    if constexpr (Kernel::kLooksAhead) {
+      const typename Kernel::Next ahead = {next.sequence, next.item, next.begin(next.first)};
+      kernel->attend(begin, end, state, next.item.rows > 0 ? &ahead : nullptr);
+    }
   }
 
   // Few rows and many keys: every chunk of keys is an item of its own, merged in order afterwards. All heads of a chunk

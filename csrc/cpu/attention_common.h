@@ -20,10 +20,10 @@
 namespace fastattn {
 namespace {
 
-constexpr int kScoreChain = 64;      // steps of one chain of multiply-adds: longer ones lose accuracy
-constexpr int kBlockK = 64;          // keys per online-softmax step
-constexpr int64_t kMinChunk = 1024;  // keys per independently attended chunk, at least
-constexpr int64_t kMaxChunks = 64;   // bounds the memory of partial results
+constexpr int kScoreChain = 64;     // steps of one chain of multiply-adds: longer ones lose accuracy
+constexpr int kBlockK = 64;         // keys per online-softmax step
+constexpr int64_t kMinChunk = 512;  // keys per independently attended chunk, at least
+constexpr int64_t kMaxChunks = 64;  // bounds the memory of partial results
 constexpr float kInfinity = __builtin_inff();
 
 // Rows [first_row, first_row + rows) of each of `heads` KV heads.

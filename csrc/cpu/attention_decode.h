@@ -9,39 +9,10 @@
 #include <cstring>
 
 #include "cpu/attention_common.h"
+#include "cpu/prefetch.h"
 
 namespace fastattn {
 namespace {
-
-// Fetches a granule of rows line by line, in the order in which they lie, while another granule is at work.
-class Prefetch {
- public:
-  // `rows` starts of rows of `bytes` bytes.
-  template <class T>
-  Prefetch(const T* const* rows, int n, int64_t bytes)
-      : rows_(reinterpret_cast<const char* const*>(rows)), end_(rows_ + n), bytes_(bytes) {}
-
-  void lines(int64_t n) {
-    while (n > 0 && rows_ != end_) {
-      const int64_t left = ceil_div(bytes_ - at_, kLine), now = at_most(left, n);
-      const char* line = *rows_ + at_;
-      for (int64_t i = 0; i < now; ++i) __builtin_prefetch(line + i * kLine, 0, kIntoL2);
-      at_ += now * kLine;
-      n -= now;
-      if (now == left) {
-        at_ = 0;
-        ++rows_;
-      }
-    }
-  }
-
- private:
-  static constexpr int kIntoL2 = 2;
-  static constexpr int64_t kLine = 64;
-  const char* const* rows_;
-  const char* const* end_;
-  int64_t bytes_, at_ = 0;
-};
 
 template <class T>
 struct IsBf16 {
@@ -56,6 +27,7 @@ template <class Vec, class T, class Dot>
 class DecodeRows {
  public:
   using Real = typename Vec::Real;
+  static constexpr bool kLooksAhead = false;
   static constexpr int kMaxRows = 8;       // of one head
   static constexpr int kPassRows = 4;      // whose sums stay in registers
   static constexpr int kMaxAllRows = 128;  // of all heads of an item: their scores stay in L1
@@ -98,13 +70,13 @@ class DecodeRows {
       const int keys = static_cast<int>(at_most(kBlockK, end - key));
       const Granules k(p_.kv.k, p_.kv, sequence_.keys, item_.head_k, key, keys),
           v(p_.kv.v, p_.kv, sequence_.keys, item_.head_k, key, keys);
-      const int next_keys = static_cast<int>(at_least(0, at_most(kGranule, end - key - kBlockK)));
+      const int next_keys = static_cast<int>(at_least(0, at_most(kBlockK, end - key - kBlockK)));
       const Granules next(p_.kv.k, p_.kv, sequence_.keys, item_.head_k, key + kBlockK, next_keys);
+      // A granule fetches the one that comes a block later: those in between are on their way.
       const int64_t k_bytes = ((heads_ - 1) * p_.kv.k.stride_head + p_.headdim) * static_cast<int64_t>(sizeof(T));
       const int64_t v_bytes = ((heads_ - 1) * p_.kv.v.stride_head + p_.headdim_v) * static_cast<int64_t>(sizeof(T));
       for (int from = 0; from < keys; from += kGranule) {
-        const bool last = from + kGranule >= keys;
-        Prefetch ahead = last ? v.prefetch(0, v_bytes) : k.prefetch(from + kGranule, k_bytes);
+        Prefetch ahead = v.prefetch(from, v_bytes);
         for (int64_t h = 0; h < heads_; ++h) scores(h, key, k, from, &ahead);
       }
       Real scale[kMaxAllRows];
@@ -114,8 +86,7 @@ class DecodeRows {
             [&](auto count, int64_t r) { softmax_step<decltype(count)::value>(h, r, key, state, scale + h * rows_); });
       }
       for (int from = 0; from < keys; from += kGranule) {
-        const bool last = from + kGranule >= keys;
-        Prefetch ahead = last ? next.prefetch(0, k_bytes) : v.prefetch(from + kGranule, v_bytes);
+        Prefetch ahead = next.prefetch(from, k_bytes);
         for (int64_t h = 0; h < heads_; ++h)
           values(h, key, v, from, from == 0 ? scale + h * rows_ : nullptr, state, &ahead);
       }

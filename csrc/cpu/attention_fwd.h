@@ -6,6 +6,7 @@
 #pragma once
 
 #include "cpu/attention_common.h"
+#include "cpu/prefetch.h"
 #include "cpu/tile_gemm.h"
 
 namespace fastattn {
@@ -58,7 +59,8 @@ class ForwardTile {
 
   // Rows per work item: enough to amortise packing K and V, few enough to leave Q, O and a K/V tile in L2.
   static int64_t max_rows(const AttentionParams& p) {
-    const int64_t dim = at_least(p.headdim, p.headdim_v), target = dim <= 128 ? 192 : dim <= 256 ? 96 : 48;
+    const int64_t dim = at_least(p.headdim, p.headdim_v);
+    const int64_t target = dim <= 64 ? 384 : dim <= 128 ? 192 : dim <= 256 ? 96 : 48;
     return round_up(target, kStrip);
   }
 
@@ -82,8 +84,16 @@ class ForwardTile {
     if (!dots_) visit_storage<Real>(p.dtype, [&](auto tag) { pack_queries<typename decltype(tag)::type>(); });
   }
 
+  // What this thread will probably do next: fetched while the last block of keys is at work.
+  struct Next {
+    const Sequence& sequence;
+    const WorkItem& item;
+    int64_t first_key;
+  };
+  static constexpr bool kLooksAhead = true;
+
   // Attend keys [begin, end), of which begin starts a block: the state is overwritten, row-major.
-  void attend(int64_t begin, int64_t end, const SoftmaxState<Real>& state) {
+  void attend(int64_t begin, int64_t end, const SoftmaxState<Real>& state, const Next* next = nullptr) {
     reset();
     end = at_most(end, visibility_.end(last_row()));
     begin = at_least(begin, visibility_.begin(block_.first_row) / kBlockK * kBlockK);
@@ -91,6 +101,14 @@ class ForwardTile {
       const int keys = static_cast<int>(at_most(kBlockK, end - key));
       bool packed = false;
       const int64_t vecs = layout_.ldr / Vec::kLanes, strips = ceil_div(vecs, kStripVecs);
+      ahead_.clear();
+      if (key + kBlockK < end) {
+        fetch_keys(sequence_, block_.head_k, key + kBlockK);
+      } else if (next) {
+        fetch_queries(*next);
+        fetch_keys(next->sequence, next->item.head_k, next->first_key);
+      }
+      ahead_.spread(strips * ((kBlockK + layout_.ldv) / Vec::kTileCols));
       for (int64_t strip = 0; strip < strips; ++strip) {  // of equal size, give or take a vector
         const int64_t first = strip * vecs / strips, last = (strip + 1) * vecs / strips;
         strip_of(static_cast<int>(last - first), first * Vec::kLanes, key, keys, &packed);
@@ -136,6 +154,30 @@ class ForwardTile {
   Real* s() const { return memory_ + layout_.s; }           // (kBlockK, kStrip)
 
   int64_t last_row() const { return block_.first_row + block_.rows - 1; }
+
+  // A block of keys and values lies in rows that are far apart, pages apart where there are many heads: hardware does
+  // not foresee them.
+  void fetch_keys(const Sequence& sequence, int64_t head, int64_t first_key) {
+    visit_kv_storage<Real>(p_.kv.dtype, [&](auto tag) {
+      using T = typename decltype(tag)::type;
+      const KeyRows<const T> k(p_.kv.k, p_.kv, sequence.keys, head), v(p_.kv.v, p_.kv, sequence.keys, head);
+      for (int64_t key = first_key; key < at_most(sequence.seqlen_k, first_key + kBlockK); ++key) {
+        ahead_.add(k[key], p_.headdim * static_cast<int64_t>(sizeof(T)));
+        ahead_.add(v[key], p_.headdim_v * static_cast<int64_t>(sizeof(T)));
+      }
+    });
+  }
+
+  void fetch_queries(const Next& next) {
+    const Visibility visibility(p_, next.sequence);
+    const RowBlock block = next.item.block(0);
+    visit_storage<Real>(p_.dtype, [&](auto tag) {
+      using T = typename decltype(tag)::type;
+      for (int64_t row = block.first_row; row < block.first_row + block.rows; ++row)
+        ahead_.add(next.sequence.template query<const T>(p_.q, visibility.query(row), visibility.head(block, row)),
+                   p_.headdim * static_cast<int64_t>(sizeof(T)));
+    });
+  }
 
   // Q^T in squares of kLanes rows by kLanes dimensions; rows past the end repeat the last one and are never stored.
   template <class T>
@@ -209,9 +251,9 @@ class ForwardTile {
     visit_vecs<kStripVecs>(vecs, [&](auto count) {
       constexpr int kVecs = decltype(count)::value;
       switch (kind) {
-        case Kind::open: return strip<kVecs, Kind::open>(row, key, keys, cover);
-        case Kind::edge: return strip<kVecs, Kind::edge>(row, key, keys, cover);
-        case Kind::modified: return strip<kVecs, Kind::modified>(row, key, keys, cover);
+        case Kind::open: return strip<kVecs, Kind::open>(row, key, keys, cover, edge);
+        case Kind::edge: return strip<kVecs, Kind::edge>(row, key, keys, cover, edge);
+        case Kind::modified: return strip<kVecs, Kind::modified>(row, key, keys, cover, edge);
       }
     });
   }
@@ -233,7 +275,7 @@ class ForwardTile {
 
   // One strip of rows against one block of keys: scores, softmax step, values.
   template <int kVecs, Kind kKind>
-  void strip(int64_t row, int64_t key, int keys, Cover cover) {
+  void strip(int64_t row, int64_t key, int keys, Cover cover, [[maybe_unused]] bool edge) {
     constexpr int kLanes = Vec::kLanes;
     Vec top[kVecs];
     for (int i = 0; i < kVecs; ++i) top[i] = Vec::load(max_() + row + i * kLanes);
@@ -245,7 +287,7 @@ class ForwardTile {
     if (!dots_) score_tile<kVecs, kKind, FmaProduct<Vec>>(row, p_.headdim, [](Vec x) { return x; }, top);
     if constexpr (kKind == Kind::modified) {
       modifiers_.apply_tile(scores, kStrip, row, kVecs, key, keys, cover);
-      hide_and_find_top<kVecs>(row, top);
+      edge ? hide_and_find_top<kVecs>(row, top) : find_top<kVecs>(top);
     }
 
     Vec shift[kVecs], scale[kVecs], sum[kVecs];
@@ -296,6 +338,7 @@ class ForwardTile {
           });
     };
     for (int key = 0; key < kBlockK; key += kCols) {
+      ahead_.step();
       if (steps <= kScoreChain) {
         chain(Bool<true>{}, Bool<true>{}, key, 0, steps);
         continue;
@@ -310,6 +353,12 @@ class ForwardTile {
   static Vec visible(Vec score, int key, Vec begin, Vec end) {
     const Vec at = Vec::set1(static_cast<Real>(key));
     return select((begin <= at) & (at < end), score, Vec::set1(-kInfinity));
+  }
+
+  template <int kVecs>
+  void find_top(Vec (&top)[kVecs]) {
+    for (int j = 0; j < kBlockK; ++j)
+      for (int i = 0; i < kVecs; ++i) top[i] = max(top[i], Vec::load(s() + j * kStrip + i * Vec::kLanes));
   }
 
   template <int kVecs>
@@ -331,11 +380,13 @@ class ForwardTile {
     constexpr int kLanes = Vec::kLanes, kCols = Vec::kTileCols;
     Real* out = o() + row;
     const int64_t ldr = layout_.ldr;
-    for (int64_t d = 0; d < p_.headdim_v; d += kCols)  // ldv is a multiple of kCols: the tail's columns are zero
+    for (int64_t d = 0; d < p_.headdim_v; d += kCols) {  // ldv is a multiple of kCols: the tail's columns are zero
+      ahead_.step();
       tile_gemm<Vec, kVecs, kCols>(
           s(), kStrip, v() + d, 1, layout_.ldv, kBlockK,
           [&](int col, int vec) { return Vec::load(out + (d + col) * ldr + vec * kLanes) * scale[vec]; },
           [&](int col, int vec, Vec value) { value.store(out + (d + col) * ldr + vec * kLanes); });
+    }
   }
 
   // The strips' O^T to row-major rows.
@@ -363,6 +414,7 @@ class ForwardTile {
   const ScoreModifiers<Vec> modifiers_;
   const Dropout<Vec> dropout_;
   const KVHead k_head_, v_head_;
+  FetchAhead ahead_;
 };
 
 }  // namespace

@@ -18,6 +18,7 @@ struct KernelTable {
   void (*sample)(const SamplingParams&);
   double (*fma_loop)(int64_t iterations, int nthreads);  // benchmarks' limits: limits.h
   double (*read_loop)(const float* data, int64_t floats, int nthreads);
+  float (*max_loop)(const float* data, int64_t floats);
 };
 
 }  // namespace fastattn

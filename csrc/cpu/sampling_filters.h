@@ -19,6 +19,7 @@ class Softmax {
   using U64 = typename Vec::U64;
   using F64 = typename Vec::F64;
   static constexpr int kMassBits = 41;  // kMaxVocab tokens of the largest mass sum to 2^63
+  static constexpr double kOne = static_cast<double>(int64_t{1} << kMassBits);  // the largest token's mass
 
   Softmax(float max, double temperature)
       : max_(max), temperature_(temperature), log2_scale_(1.4426950408889634 / temperature) {
@@ -170,38 +171,6 @@ bool cut_prefix(const Candidates& c, uint64_t target, const Weights& weights, Cu
   return true;
 }
 
-// A bound that at least k logits reach, and that few do: the k-th largest of the maxima of disjoint groups is one. The
-// groups' maxima are themselves a row, bounded in the same way by the maxima of groups of groups.
-template <class Vec, class T>
-float bound_of_largest(const Row<Vec, T>& row, int64_t k, Candidates* c) {
-  const int64_t n = Row<Vec, T>::maxima_of(row.size()), n2 = Row<Vec, float>::maxima_of(n);
-  if (k > n) return kLowest;
-  Row<Vec, float> groups(row.maxima(), n, c->values);
-  groups.summarize();
-  float bound = kLowest;
-  Crossing crossing;
-  const auto raise = [&](float* v, int64_t size) {
-    if (select_crossing<Vec>(v, size, static_cast<uint64_t>(k), Counting{}, &crossing) && crossing.value > bound)
-      bound = crossing.value;
-  };
-  memcpy(c->work, groups.maxima(), static_cast<size_t>(n2) * sizeof(float));
-  raise(c->work, n2);
-  Candidates reached = {c->work, c->ids, nullptr};
-  groups.gather(bound, &reached);
-  raise(reached.values, reached.n);
-  return bound;
-}
-
-// top_k: the candidates then hold all that the cut keeps, and maybe a few more.
-template <class Vec, class T>
-Cut cut_top_k(const Row<Vec, T>& row, float max, int64_t k, Candidates* c) {
-  Cut cut{bound_of_largest(row, k, c), INT32_MAX};
-  // Where k tokens have the largest logit only the first k count; one more shows that there are others.
-  row.gather(cut.value, c, cut.value == max ? k + 1 : INT64_MAX);
-  if (c->n > k) cut_prefix<Vec>(*c, static_cast<uint64_t>(k), Counting{}, &cut);
-  return cut;
-}
-
 inline uint64_t prefix_mass(double top_p, uint64_t total) {
   const double wanted = __builtin_ceil(top_p * static_cast<double>(total));
   const uint64_t target = wanted < 1.0 ? 1 : static_cast<uint64_t>(wanted);
@@ -222,32 +191,16 @@ uint64_t total_mass(const Candidates& c, const Softmax<Vec>& softmax) {
 template <class Vec, class T>
 uint64_t total_mass(const Row<Vec, T>& row, const Softmax<Vec>& softmax) {
   typename Vec::U64 sum = {};
+  const auto add = [&](Vec v) { sum += softmax.mass(widen_low(v)) + softmax.mass(widen_high(v)); };
   const float weightless = softmax.logit_at(-Softmax<Vec>::kMassBits - 2);
   row.visit_chunks([&] { return weightless; },
-                   [&](const T* x, int32_t) {
-                     for (int i = 0; i < Row<Vec, T>::kChunk; i += Vec::kLanes) {
-                       const Vec v = Vec::load(x + i);
-                       sum += softmax.mass(widen_low(v)) + softmax.mass(widen_high(v));
-                     }
+                   [&](int64_t c, int32_t) {
+                     for (int i = 0; i < Row<Vec, T>::kChunkVecs; ++i) add(row.load(c, i));
                    });
+  for (int64_t i = 0; i < row.edited().n; i += Vec::kLanes) add(Vec::load(row.edited().values + i));
   uint64_t total = 0;
   for (int i = 0; i < Vec::kLanes / 2; ++i) total += sum[i];
   return total;
-}
-
-// A guess, from a sixty-fourth of the row, of a logit below which four fifths of the mass that may be cut off lies.
-template <class Vec, class T>
-float guess_bound(const Row<Vec, T>& row, const Softmax<Vec>& softmax, double cut_off, float* work) {
-  constexpr int kChunkStep = 4, kRatio = kChunkStep * Row<Vec, T>::kChunkVecs, kEnoughSamples = 128;
-  Candidates sample = {work, nullptr, nullptr};
-  for (int64_t c = 0; c < row.chunks(); c += kChunkStep, sample.n += Vec::kLanes)
-    (Vec::load(row.chunk(c)) + Vec::zero()).store(work + sample.n);
-  if (sample.n < kEnoughSamples) return kLowest;
-  const double total = static_cast<double>(total_mass(sample, softmax)), spare = 0.8 * cut_off / kRatio;
-  Crossing crossing;
-  const uint64_t target = total > spare ? static_cast<uint64_t>(total - spare) + 1 : 1;
-  if (!select_crossing<Vec>(work, sample.n, target, softmax, &crossing) || crossing.value < kLowest) return kLowest;
-  return crossing.value;
 }
 
 // top_p among candidates that are already a kept set.
@@ -255,20 +208,6 @@ template <class Vec>
 Cut cut_top_p(const Candidates& c, double top_p, const Softmax<Vec>& softmax) {
   Cut cut;
   cut_prefix<Vec>(c, prefix_mass(top_p, total_mass(c, softmax)), softmax, &cut);
-  return cut;
-}
-
-// top_p among the whole row.
-template <class Vec, class T>
-Cut cut_top_p(const Row<Vec, T>& row, double top_p, const Softmax<Vec>& softmax, Candidates* c) {
-  Cut cut;
-  const uint64_t total = total_mass(row, softmax), target = prefix_mass(top_p, total);
-  const float bound = guess_bound(row, softmax, static_cast<double>(total - target), c->work);
-  row.gather(bound, c);
-  if (!cut_prefix<Vec>(*c, target, softmax, &cut) && bound > kLowest) {  // the guess was too high
-    row.gather(kLowest, c);
-    cut_prefix<Vec>(*c, target, softmax, &cut);
-  }
   return cut;
 }
 

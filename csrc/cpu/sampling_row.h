@@ -53,14 +53,47 @@ struct Candidates {
     }
     n = kept;
   }
+
+  // Merges entries first.. into those before them, both by ascending id; `spare_ids` has room for as many as `work`.
+  void merge(int64_t first, int32_t* spare_ids) {
+    int64_t from = first, to = n, m = n - first;
+    if (m == 0 || first == 0 || ids[first - 1] < ids[first]) return;
+    memcpy(work, values + first, static_cast<size_t>(m) * sizeof *values);
+    memcpy(spare_ids, ids + first, static_cast<size_t>(m) * sizeof *ids);
+    while (m > 0) {  // from the back
+      const bool second = from == 0 || ids[from - 1] < spare_ids[m - 1];
+      const int64_t i = second ? --m : --from;
+      values[--to] = second ? work[i] : values[i];
+      ids[to] = second ? spare_ids[i] : ids[i];
+    }
+  }
 };
+
+// Tokens whose logits were edited one by one, by ascending id; the row itself leaves them out. Values may be read to
+// whole vectors.
+struct EditedTokens {
+  const float* values = nullptr;
+  const int32_t* ids = nullptr;
+  int64_t n = 0;
+};
+
+template <class Vec>
+inline float to_single(const float* x) {
+  return *x;
+}
+
+template <class Vec, class T>
+inline float to_single(const T* x) {
+  return first(Vec::load_n(x, 1));
+}
 
 inline void store_minus_infinity(float* p) { *p = kMinusInfinity; }
 inline void store_minus_infinity(bf16_t* p) { p->bits = 0xff80; }
 inline void store_minus_infinity(f16_t* p) { p->bits = 0xfc00; }
 
-// A row in chunks of kChunkVecs vectors, the last one padded with -inf. summarize() reads the row once and notes the
-// maximum of each lane of each chunk: a sixteenth of the row, by which later passes find the chunks that matter.
+// A row in chunks of kChunkVecs vectors, the last one padded with -inf; where there are bits, tokens whose bit is 0 are
+// -inf too; and the edited tokens beside it. summarize() reads the row once and notes the maximum of each lane of each
+// chunk: a sixteenth of the row, by which later passes find the chunks that matter.
 template <class Vec, class T>
 class Row {
  public:
@@ -70,79 +103,179 @@ class Row {
   static int64_t chunks_of(int64_t size) { return (size + kChunk - 1) / kChunk; }
   static int64_t maxima_of(int64_t size) { return chunks_of(size) * Vec::kLanes; }
 
-  Row(const T* data, int64_t size, float* maxima) : data_(data), size_(size), whole_(size / kChunk), maxima_(maxima) {
+  Row(const T* data, int64_t size, float* maxima, const uint8_t* bits = nullptr, EditedTokens edited = {})
+      : data_(data), size_(size), whole_(size / kChunk), bits_(bits), maxima_(maxima), edited_(edited) {
     const int64_t left = size - whole_ * kChunk;
     memcpy(static_cast<void*>(tail_), data + whole_ * kChunk, static_cast<size_t>(left) * sizeof(T));
     for (int64_t i = left; i < kChunk; ++i) store_minus_infinity(tail_ + i);
+    if (bits) memcpy(tail_bits_, bits + whole_ * (kChunk / 8), static_cast<size_t>((left + 7) / 8));
   }
 
   int64_t size() const { return size_; }
   int64_t chunks() const { return chunks_of(size_); }
-  const T* chunk(int64_t c) const { return c < whole_ ? data_ + c * kChunk : tail_; }
   const float* maxima() const { return maxima_; }
+  const EditedTokens& edited() const { return edited_; }
 
-  // Fills the maxima; false if the row has a NaN.
-  bool summarize() {
-    auto nan = either_nan(Vec::zero(), Vec::zero());
-    for (int64_t c = 0; c < chunks(); ++c) {
-      const T* x = chunk(c);
-      Vec even = Vec::load(x), odd = Vec::load(x + Vec::kLanes);
-      nan = nan | either_nan(even, odd);
-#pragma GCC unroll 8
-      for (int i = 2; i < kChunkVecs; i += 2) {
-        const Vec a = Vec::load(x + i * Vec::kLanes), b = Vec::load(x + (i + 1) * Vec::kLanes);
-        nan = nan | either_nan(a, b);
-        even = max(even, a);
-        odd = max(odd, b);
-      }
-      (max(even, odd) + Vec::zero()).store(maxima_ + c * Vec::kLanes);  // -0 becomes +0
-    }
-    return !lane_bits(nan);
+  // Vector i of chunk c.
+  inline __attribute__((always_inline)) Vec load(int64_t c, int i) const {
+    const Vec x = Vec::load(chunk(c) + i * Vec::kLanes);
+    return bits_ ? select(Vec::lanes_of(lanes_counting(c, i)), x, Vec::set1(kMinusInfinity)) : x;
   }
+
+  float at(int64_t id) const {
+    const bool counts = !bits_ || bits_[id / 8] >> id % 8 & 1;
+    return counts ? to_single<Vec>(data_ + id) : kMinusInfinity;
+  }
+
+  // Fills the maxima; false if the row has a NaN, even one that a bit leaves out.
+  bool summarize() { return bits_ ? summarize<true>() : summarize<false>(); }
 
   float maximum() const {
     Vec top = Vec::load(maxima_);
     for (int64_t c = 1; c < chunks(); ++c) top = max(top, Vec::load(maxima_ + c * Vec::kLanes));
+    for (int64_t i = 0; i < edited_.n; i += Vec::kLanes) top = max(top, Vec::load(edited_.values + i));
     return reduce_max(top);
   }
 
-  // visit(chunk pointer, first id) for the chunks that hold a logit >= bound(), in order; bound() may rise meanwhile.
+  // visit(chunk, its first id) for the chunks that hold a logit >= bound(), in order; bound() may rise meanwhile.
   template <class Bound, class Visit>
   void visit_chunks(Bound&& bound, Visit&& visit) const {
     for (int64_t c = 0; c < chunks(); ++c)
       if (lane_bits(Vec::set1(bound()) <= Vec::load(maxima_ + c * Vec::kLanes)))
-        visit(chunk(c), static_cast<int32_t>(c * kChunk));
+        visit(c, static_cast<int32_t>(c * kChunk));
   }
 
   // The lowest id whose logit is `value`, which must be the maximum.
   int32_t find_maximum(float value) const {
-    int64_t c = 0;
-    while (!lane_bits(Vec::set1(value) <= Vec::load(maxima_ + c * Vec::kLanes))) ++c;
-    for (int i = 0;; ++i)
-      if (const uint32_t hits = lane_bits(Vec::set1(value) <= Vec::load(chunk(c) + i * Vec::kLanes)))
-        return static_cast<int32_t>(c * kChunk + i * Vec::kLanes + __builtin_ctz(hits));
+    const Vec wanted = Vec::set1(value);
+    int32_t best = INT32_MAX;
+    for (int64_t i = 0; i < edited_.n && best == INT32_MAX; i += Vec::kLanes)
+      if (const uint32_t hits = lane_bits(wanted <= Vec::load(edited_.values + i)))
+        best = edited_.ids[i + __builtin_ctz(hits)];
+    for (int64_t c = 0; c < chunks(); ++c)
+      if (lane_bits(wanted <= Vec::load(maxima_ + c * Vec::kLanes)))
+        for (int i = 0;; ++i)
+          if (const uint32_t hits = lane_bits(wanted <= load(c, i))) {
+            const auto id = static_cast<int32_t>(c * kChunk + i * Vec::kLanes + __builtin_ctz(hits));
+            return id < best ? id : best;
+          }
+    return best;
   }
 
-  // The tokens with logit >= bound, which is finite; or only the first of them, at least `enough`.
+  // The tokens with logit >= bound, which is finite; or only the first of the row, at least `enough`.
   void gather(float bound, Candidates* out, int64_t enough = INT64_MAX) const {
+    // Which chunks and vectors the tokens are in cannot be foreseen where they are few: so that nothing waits for a
+    // branch, comparisons come first, and leave a list of words that have hits.
+    constexpr int kBlock = 32, kWords = kChunk / kHitBits;
     const Vec least = Vec::set1(bound);
+    uint64_t hits[kBlock * kWords];
+    int64_t places[kBlock * kWords];  // of each word's first token
     int64_t n = 0;
-    visit_chunks([&] { return bound; },
-                 [&](const T* x, int32_t first_id) {
-                   for (int i = 0; i < kChunk && n < enough; i += Vec::kLanes) {
-                     const Vec v = Vec::load(x + i) + Vec::zero();  // -0 becomes +0: equal logits have equal bits
-                     const auto chosen = least <= v;
-                     if (lane_bits(chosen)) n += Vec::compress(chosen, v, first_id + i, out->values + n, out->ids + n);
-                   }
-                 });
+    for (int64_t first = 0; first < chunks() && n < enough; first += kBlock) {
+      int64_t visited[kBlock];
+      int visits = 0, words = 0;
+      for (int64_t c = first; c < first + kBlock && c < chunks(); ++c) {
+        visited[visits] = c;
+        visits += lane_bits(least <= Vec::load(maxima_ + c * Vec::kLanes)) != 0;
+      }
+      for (int v = 0; v < visits; ++v)
+        for (int w = 0; w < kWords; ++w) {
+          hits[words] = hits_in(visited[v], w, least);
+          places[words] = visited[v] * kChunk + w * kHitBits;
+          words += hits[words] != 0;
+        }
+      for (int w = 0; w < words && n < enough; ++w) n += take(hits[w], places[w], least, out->values + n, out->ids + n);
+    }
     out->n = n;
+    if (edited_.n == 0) return;
+    const int64_t own = n;
+    for (int64_t i = 0; i < edited_.n && n - own < enough; i += Vec::kLanes) {
+      const Vec v = Vec::load(edited_.values + i) + Vec::zero();  // -0 becomes +0: equal logits have equal bits
+      float lanes[Vec::kLanes];
+      v.store(lanes);
+      for (uint32_t hits = lane_bits(least <= v); hits; hits &= hits - 1, ++n) {
+        const int lane = __builtin_ctz(hits);
+        out->values[n] = lanes[lane];
+        out->ids[n] = edited_.ids[i + lane];
+      }
+    }
+    out->n = n;
+    out->merge(own, reinterpret_cast<int32_t*>(out->work + n));
   }
 
  private:
+  const T* chunk(int64_t c) const { return c < whole_ ? data_ + c * kChunk : tail_; }
+
+  uint32_t lanes_counting(int64_t c, int i) const {
+    const uint8_t* bits = c < whole_ ? bits_ + c * (kChunk / 8) : tail_bits_;
+    if constexpr (Vec::kLanes < 8) {
+      return bits[i / 2] >> i % 2 * Vec::kLanes & ((1u << Vec::kLanes) - 1);
+    } else {
+      uint32_t lanes = 0;
+      memcpy(&lanes, bits + i * (Vec::kLanes / 8), Vec::kLanes / 8);  // little-endian, as every target is
+      return lanes;
+    }
+  }
+
+  static constexpr int kHitBits = kChunk < 64 ? kChunk : 64;  // tokens whose comparisons share a word
+
+  inline __attribute__((always_inline)) uint64_t hits_in(int64_t c, int word, Vec least) const {
+    constexpr int kVecs = kHitBits / Vec::kLanes;
+    uint64_t hits = 0;
+#pragma GCC unroll 16
+    for (int i = 0; i < kVecs; ++i) hits |= uint64_t{lane_bits(least <= load(c, word * kVecs + i))} << i * Vec::kLanes;
+    return hits;
+  }
+
+  // The tokens of a word of hits: one by one, or where there are many, a vector at a time.
+  int64_t take(uint64_t hits, int64_t place, Vec least, float* values, int32_t* ids) const {
+    int64_t n = 0;
+    if (__builtin_popcountll(hits) > kHitBits / 4) {
+      for (int i = 0; i < kHitBits; i += Vec::kLanes) {
+        const int64_t id = place + i;
+        const Vec v = load(id / kChunk, static_cast<int>(id % kChunk / Vec::kLanes)) + Vec::zero();
+        n += Vec::compress(least <= v, v, static_cast<int32_t>(id), values + n, ids + n);
+      }
+      return n;
+    }
+    for (; hits; hits &= hits - 1, ++n) {
+      ids[n] = static_cast<int32_t>(place) + __builtin_ctzll(hits);
+      values[n] = at(ids[n]) + 0.0f;  // -0 becomes +0: equal logits have equal bits
+    }
+    return n;
+  }
+
+  template <bool kHasBits>
+  bool summarize() {
+    const Vec none = Vec::set1(kMinusInfinity);
+    auto bad = either_nan(Vec::zero(), Vec::zero());
+    for (int64_t c = 0; c < chunks(); ++c) {
+      const T* x = chunk(c);
+      Vec top[2] = {none, none};
+#pragma GCC unroll 8
+      for (int i = 0; i < kChunkVecs; i += 2) {
+        const Vec a = Vec::load(x + i * Vec::kLanes), b = Vec::load(x + (i + 1) * Vec::kLanes);
+        bad = bad | either_nan(a, b);
+        if constexpr (kHasBits) {
+          top[0] = select(Vec::lanes_of(lanes_counting(c, i)), max(top[0], a), top[0]);
+          top[1] = select(Vec::lanes_of(lanes_counting(c, i + 1)), max(top[1], b), top[1]);
+        } else {
+          top[0] = max(top[0], a);
+          top[1] = max(top[1], b);
+        }
+      }
+      (max(top[0], top[1]) + Vec::zero()).store(maxima_ + c * Vec::kLanes);  // -0 becomes +0
+    }
+    return !lane_bits(bad);
+  }
+
   const T* data_;
   int64_t size_, whole_;
+  const uint8_t* bits_;
   float* maxima_;
+  EditedTokens edited_;
   T tail_[kChunk];
+  uint8_t tail_bits_[kChunk / 8] = {};
 };
 
 }  // namespace

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fastattn.backends.cpu_gradients import bias_gradient, bias_sums, broadcast_strides, sinks_gradient
+from fastattn.backends.cpu_sampling import sample, survivors
 from fastattn.calls import (
     DTYPES,
     AppendCall,
@@ -33,10 +34,22 @@ except ImportError as error:
 if TYPE_CHECKING:
     from fastattn.args import AttentionArgs, KVAppendArgs, SamplingArgs
 
+__all__ = [
+    "FEATURES",
+    "NAME",
+    "append_kv",
+    "attention",
+    "attention_backward",
+    "sample",
+    "supports",
+    "survivors",
+    "unavailable",
+]
+
 NAME = "cpu"
 FEATURES = frozenset(
     {"window", "softcap", "alibi", "bias", "mask", "sinks", "dropout", "varlen", "leftpad", "cache_batch_idx", "paged",
-     "kv_dtype", "gradients"}
+     "kv_dtype", "gradients", "penalties", "logit_bias", "allowed", "logprobs", "survivors"}
 )  # fmt: skip
 _NO_GRADIENTS_WITH = frozenset({"leftpad", "cache_batch_idx", "paged", "kv_dtype"})
 
@@ -48,13 +61,15 @@ if _C is not None:
     except ValueError as error:
         _ISA_ERROR = str(error)
 
-# The quick way in for plain calls, csrc/plain_attention.cpp: None where there is none, and its answer to other calls.
-plain_attention = None
+# The quick ways in for plain calls, csrc/plain_attention.cpp: None where there are none; None is also what they answer
+# to other calls.
+plain_attention = plain_kvcache = plain_sdpa = None
 if _C is not None and _ISA_ERROR is None and _C.bind_tensor(Tensor, torch.nn.Parameter, torch.empty_like):
-    plain_attention = _C.plain_attention
+    plain_attention, plain_kvcache, plain_sdpa = _C.plain_attention, _C.plain_kvcache, _C.plain_sdpa
 
+_FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # what kernels that compute in float read
+_ATTENTION_DTYPES = (*_FLOAT_DTYPES, torch.float64)
 _MAX_VOCAB = 1 << 22  # csrc/params.h, kMaxVocab
-_SAMPLING_ERRORS = {1: "has NaN", 2: "has +inf", 3: "has no finite logit"}  # csrc/params.h, SamplingError
 
 
 def cpu_isas() -> list[str]:
@@ -90,9 +105,10 @@ def supports(args: AttentionArgs | KVAppendArgs | SamplingArgs) -> str | None:
     tensor = args.subject
     if tensor.device.type != "cpu":
         return f"lacks device '{tensor.device.type}'"
-    if tensor.dtype not in DTYPES:
+    are_logits = tensor.dim() == 2
+    if tensor.dtype not in (_FLOAT_DTYPES if are_logits else _ATTENTION_DTYPES):
         return f"lacks dtype '{str(tensor.dtype).removeprefix('torch.')}'"
-    if tensor.dim() == 2 and tensor.shape[1] > _MAX_VOCAB:  # logits
+    if are_logits and tensor.shape[1] > _MAX_VOCAB:
         return f"lacks vocabularies above {_MAX_VOCAB}"
     features = args.features()
     lacking = sorted(features - FEATURES)
@@ -244,44 +260,3 @@ def silu_mul(gate_up: Tensor) -> Tensor:
     out = torch.empty((tokens, ffn), dtype=torch.float32)
     _C.silu_mul(gate_up.data_ptr(), gate_up.stride(0), out.data_ptr(), tokens, ffn, torch.get_num_threads())
     return out
-
-
-def sample(args: SamplingArgs) -> Tensor:
-    """One token per row, (batch,) int64."""
-    return _sample(args, None)
-
-
-def survivors(args: SamplingArgs) -> Tensor:
-    """Which tokens the filters keep, (batch, vocab) bool; a greedy row keeps one."""
-    kept = torch.empty(args.logits.shape, dtype=torch.bool)
-    _sample(args, kept)
-    return kept
-
-
-def _sample(args: SamplingArgs, kept: Tensor | None) -> Tensor:
-    logits = args.logits
-    batch, vocab = logits.shape
-    tokens = torch.empty(batch, dtype=torch.int64)
-    failed = _C.sample(
-        logits.data_ptr(),
-        logits.stride(0),
-        batch,
-        vocab,
-        DTYPES[logits.dtype],
-        _number_or_address(args.temperature),
-        _number_or_address(args.top_k),
-        _number_or_address(args.top_p),
-        _number_or_address(args.min_p),
-        _number_or_address(args.seeds),
-        _number_or_address(args.positions),
-        tokens.data_ptr(),
-        0 if kept is None else kept.data_ptr(),
-        torch.get_num_threads(),
-    )
-    if failed >= 0:
-        raise ValueError(f"logits: row {failed} {_SAMPLING_ERRORS[-int(tokens[failed])]}")
-    return tokens
-
-
-def _number_or_address(value: float | Tensor) -> float | tuple[int]:
-    return (value.data_ptr(),) if isinstance(value, Tensor) else value

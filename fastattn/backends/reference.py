@@ -15,6 +15,7 @@ from torch.nn.functional import pad
 
 from fastattn.backends.reference_dropout import dropout_keep
 from fastattn.backends.reference_sampling import sample
+from fastattn.backends.reference_sampling import survivors_by_id as survivors
 
 if TYPE_CHECKING:
     from fastattn.args import AttentionArgs, KVAppendArgs, SamplingArgs
@@ -27,6 +28,7 @@ __all__ = [
     "attention_backward",
     "sample",
     "supports",
+    "survivors",
     "unavailable",
 ]
 
@@ -34,7 +36,8 @@ NAME = "reference"
 FEATURES = frozenset(
     {
         "window", "softcap", "alibi", "bias", "mask", "sinks", "dropout", "varlen", "leftpad", "cache_batch_idx",
-        "paged", "kv_dtype", "gradients", "append_gradients",
+        "paged", "kv_dtype", "gradients", "append_gradients", "penalties", "logit_bias", "allowed", "logprobs",
+        "survivors",
     }
 )  # fmt: skip
 

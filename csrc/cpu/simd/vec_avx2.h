@@ -76,6 +76,11 @@ struct VecAvx2 {
   friend Mask operator|(Mask a, Mask b) { return {_mm256_or_ps(a.m, b.m)}; }
   friend Mask operator&(Mask a, Mask b) { return {_mm256_and_ps(a.m, b.m)}; }
   friend uint32_t lane_bits(Mask m) { return static_cast<uint32_t>(_mm256_movemask_ps(m.m)); }
+  static Mask lanes_of(uint32_t bits) {  // the inverse of lane_bits
+    const __m256i bit = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+    const __m256i own = _mm256_and_si256(_mm256_set1_epi32(static_cast<int>(bits)), bit);
+    return {_mm256_castsi256_ps(_mm256_cmpeq_epi32(own, bit))};
+  }
   friend VecAvx2 select(Mask m, VecAvx2 a, VecAvx2 b) { return {_mm256_blendv_ps(b.r, a.r, m.m)}; }
 
   friend VecAvx2 round(VecAvx2 x) { return {_mm256_round_ps(x.r, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
@@ -112,6 +117,11 @@ struct VecAvx2 {
   }
   static U64 odd_pairs(U64 a, U64 b) {  // a1 b1 a3 b3
     return reinterpret_cast<U64>(_mm256_unpackhi_epi64(reinterpret_cast<__m256i>(a), reinterpret_cast<__m256i>(b)));
+  }
+  static uint64_t bytes_reaching(U64 x, uint8_t least) {  // bit i: byte i of x is >= least
+    const __m256i bytes = reinterpret_cast<__m256i>(x);
+    const __m256i larger = _mm256_max_epu8(bytes, _mm256_set1_epi8(static_cast<char>(least)));
+    return static_cast<uint32_t>(_mm256_movemask_epi8(_mm256_cmpeq_epi8(larger, bytes)));
   }
   // Packs the chosen lanes of x and their ids (first_id + lane) to the front; returns how many. May write kLanes.
   static int compress(Mask m, VecAvx2 x, int32_t first_id, float* values, int32_t* ids) {

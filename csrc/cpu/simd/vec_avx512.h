@@ -65,6 +65,7 @@ struct VecAvx512 {
   friend Mask operator|(Mask a, Mask b) { return {static_cast<__mmask16>(a.m | b.m)}; }
   friend Mask operator&(Mask a, Mask b) { return {static_cast<__mmask16>(a.m & b.m)}; }
   friend uint32_t lane_bits(Mask m) { return m.m; }
+  static Mask lanes_of(uint32_t bits) { return {static_cast<__mmask16>(bits)}; }  // the inverse of lane_bits
   friend VecAvx512 select(Mask m, VecAvx512 a, VecAvx512 b) { return {_mm512_mask_blend_ps(m.m, b.r, a.r)}; }
 
   friend VecAvx512 round(VecAvx512 x) {
@@ -94,6 +95,9 @@ struct VecAvx512 {
   }
   static U64 odd_pairs(U64 a, U64 b) {  // a1 b1 a3 b3 ...
     return reinterpret_cast<U64>(_mm512_unpackhi_epi64(reinterpret_cast<__m512i>(a), reinterpret_cast<__m512i>(b)));
+  }
+  static uint64_t bytes_reaching(U64 x, uint8_t least) {  // bit i: byte i of x is >= least
+    return _mm512_cmpge_epu8_mask(reinterpret_cast<__m512i>(x), _mm512_set1_epi8(static_cast<char>(least)));
   }
   // Packs the chosen lanes of x and their ids (first_id + lane) to the front; returns how many. May write kLanes.
   static int compress(Mask m, VecAvx512 x, int32_t first_id, float* values, int32_t* ids) {

@@ -92,6 +92,10 @@ struct VecNeon {
     const uint32_t weights[kLanes] = {1, 2, 4, 8};
     return vaddvq_u32(vandq_u32(m.m, vld1q_u32(weights)));
   }
+  static Mask lanes_of(uint32_t bits) {  // the inverse of lane_bits
+    const uint32_t weights[kLanes] = {1, 2, 4, 8};
+    return {vtstq_u32(vdupq_n_u32(bits), vld1q_u32(weights))};
+  }
   friend VecNeon select(Mask m, VecNeon a, VecNeon b) { return {vbslq_f32(m.m, a.r, b.r)}; }
 
   friend VecNeon round(VecNeon x) { return {vrndnq_f32(x.r)}; }
@@ -121,6 +125,7 @@ struct VecNeon {
   }
   static U64 even_pairs(U64 a, U64 b) { return U64{a[0], b[0]}; }
   static U64 odd_pairs(U64 a, U64 b) { return U64{a[1], b[1]}; }
+  static uint64_t bytes_reaching(U64 x, uint8_t least) { return portable_bytes_reaching(x, least); }
   // Packs the chosen lanes of x and their ids (first_id + lane) to the front; returns how many. May write kLanes.
   static int compress(Mask m, VecNeon x, int32_t first_id, float* values, int32_t* ids) {
     float lanes[kLanes];

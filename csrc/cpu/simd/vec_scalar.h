@@ -140,6 +140,10 @@ struct VecScalar {
     const Int weighted = m.m & Int{1, 2, 4, 8};
     return static_cast<uint32_t>(weighted[0] | weighted[1] | weighted[2] | weighted[3]);
   }
+  static Mask lanes_of(uint32_t bits) {  // the inverse of lane_bits
+    const int32_t all = static_cast<int32_t>(bits);
+    return {(Int{all, all, all, all} & Int{1, 2, 4, 8}) != 0};
+  }
   friend VecScalar select(Mask m, VecScalar a, VecScalar b) { return {m.m ? a.r : b.r}; }
 
   // Nearest integer for |x| < 2^22.
@@ -176,6 +180,7 @@ struct VecScalar {
   static U64 mul_low32(U64 a, U64 b) { return (a & 0xffffffffu) * (b & 0xffffffffu); }  // products of the low halves
   static U64 even_pairs(U64 a, U64 b) { return U64{a[0], b[0]}; }                       // a0 b0
   static U64 odd_pairs(U64 a, U64 b) { return U64{a[1], b[1]}; }                        // a1 b1
+  static uint64_t bytes_reaching(U64 x, uint8_t least) { return portable_bytes_reaching(x, least); }
   // Packs the chosen lanes of x and their ids (first_id + lane) to the front; returns how many. May write kLanes.
   static int compress(Mask m, VecScalar x, int32_t first_id, float* values, int32_t* ids) {
     float lanes[kLanes];

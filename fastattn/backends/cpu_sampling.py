@@ -1,0 +1,128 @@
+"""Sampling on the C++ kernels: addresses, strides and numbers of a call."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+try:
+    from fastattn import _C
+except ImportError:  # cpu.py says so
+    _C = None  # type: ignore[assignment]
+
+if TYPE_CHECKING:
+    from fastattn.args import LogitBias, LogitEdits, SamplingArgs
+
+LOGITS_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # csrc/params.h, DType
+_EDITED = " after penalties, logit_bias and allowed"
+_PROBLEMS = {
+    1: "has NaN",
+    2: "has +inf",
+    3: "has no finite logit",
+    4: "has NaN" + _EDITED,
+    5: "has +inf" + _EDITED,
+    6: "has no finite logit" + _EDITED,
+}  # csrc/params.h, SamplingError
+_BAD_BIAS_ID = 7
+
+
+def sample(args: SamplingArgs) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor] | None]:
+    """One token per row, (batch,) int64; and log-probabilities (batch,), the best ids (batch, n) and theirs."""
+    batch, n = args.logits.shape[0], args.logprobs
+    if not n:
+        return _sample(args), None
+    logprobs = (torch.empty(batch), torch.empty(batch, n, dtype=torch.int64), torch.empty(batch, n))
+    return _sample(args, logprobs=(n, *(x.data_ptr() for x in logprobs))), logprobs
+
+
+def survivors(args: SamplingArgs) -> Tensor:
+    """Which tokens the filters keep, (batch, vocab) bool; a greedy row keeps one."""
+    kept = torch.empty(args.logits.shape, dtype=torch.bool)
+    _sample(args, kept=kept.data_ptr())
+    return kept
+
+
+def count_tokens(ids: Tensor, counts: Tensor, lengths: Tensor, tokens: Tensor) -> bool:
+    """One more token (batch,) int64 into the lists of ``TokenCounts``, in place; False where there is no kernel."""
+    if _C is None or ids.device.type != "cpu":
+        return False
+    tokens = tokens.contiguous()
+    batch, capacity = ids.shape
+    _C.count_tokens(ids.data_ptr(), counts.data_ptr(), lengths.data_ptr(), tokens.data_ptr(), batch, capacity)
+    return True
+
+
+def _sample(args: SamplingArgs, kept: int = 0, logprobs: tuple[int, ...] | None = None) -> Tensor:
+    logits = args.logits
+    batch, vocab = logits.shape
+    tokens = torch.empty(batch, dtype=torch.int64)
+    failed = _C.sample(
+        logits.data_ptr(),
+        logits.stride(0),
+        batch,
+        vocab,
+        LOGITS_DTYPES[logits.dtype],
+        _number_or_address(args.temperature),
+        _number_or_address(args.top_k),
+        _number_or_address(args.top_p),
+        _number_or_address(args.min_p),
+        _number_or_address(args.seeds),
+        _number_or_address(args.positions),
+        None if args.edits is None else _edits(args.edits),
+        tokens.data_ptr(),
+        kept,
+        logprobs,
+        torch.get_num_threads(),
+    )
+    if failed >= 0:
+        problem = -int(tokens[failed])
+        if problem == _BAD_BIAS_ID:
+            assert args.edits is not None
+            assert args.edits.logit_bias is not None
+            ids = args.edits.logit_bias[0][failed]
+            wrong = ids[(ids < -1) | (ids >= vocab)][0]
+            raise ValueError(f"logit_bias: expected ids in [-1, {vocab}), got {int(wrong)} in row {failed}")
+        raise ValueError(f"logits: row {failed} {_PROBLEMS[problem]}")
+    return tokens
+
+
+def _number_or_address(value: float | Tensor) -> float | tuple[int]:
+    return (value.data_ptr(),) if isinstance(value, Tensor) else value
+
+
+def _edits(edits: LogitEdits) -> tuple[Any, ...]:
+    """csrc/bindings.cpp, fill_edits."""
+    return (
+        _number_or_address(edits.repetition_penalty),
+        _number_or_address(edits.presence_penalty),
+        _number_or_address(edits.frequency_penalty),
+        *_seen(edits),
+        *_bias(edits.logit_bias),
+        *_allowed(edits.allowed),
+    )
+
+
+def _seen(edits: LogitEdits) -> tuple[Any, ...]:
+    counts = edits.token_counts
+    if counts is None or isinstance(counts, Tensor):
+        return _rows(counts), _rows(edits.prompt_mask), None, None, 0
+    return None, None, _rows(counts.ids), _rows(counts.counts), counts.lengths.data_ptr()
+
+
+def _bias(bias: LogitBias | None) -> tuple[Any, ...]:
+    if isinstance(bias, tuple):
+        ids, values = bias
+        return None, _rows(ids), _rows(values), ids.shape[1]
+    return _rows(bias), None, None, 0
+
+
+def _allowed(allowed: Tensor | None) -> tuple[Any, ...]:
+    if allowed is None or allowed.dtype == torch.bool:
+        return _rows(allowed), None
+    return None, (allowed.data_ptr(), 4 * allowed.stride(0))  # bytes
+
+
+def _rows(x: Tensor | None) -> tuple[int, int] | None:
+    return None if x is None else (x.data_ptr(), x.stride(0))
