@@ -283,7 +283,7 @@ def test_dtypes_and_devices_without_a_kernel(monkeypatch):
     ):
         enable(model)
     assert state_of(model) == before
-    monkeypatch.setattr(sys.modules["fastattn.backends.cpu"], "_DTYPES", {torch.float32: 0})
+    monkeypatch.setattr(sys.modules["fastattn.backends.cpu"], "_ATTENTION_DTYPES", (torch.float32,))
     model = build("LLaMA").double()
     before = state_of(model)
     with pytest.raises(
