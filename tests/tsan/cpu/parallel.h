@@ -11,7 +11,7 @@ namespace fastattn {
 namespace {
 
 template <class Fn>
-void parallel_for(int64_t items, int nthreads, Fn&& fn) {
+void parallel_for(int64_t items, int nthreads, Fn&& fn, int64_t grain = 1) {
   if (nthreads <= 1 || items <= 1) {
     for (int64_t item = 0; item < items; ++item) fn(item);
     return;
@@ -21,7 +21,8 @@ void parallel_for(int64_t items, int nthreads, Fn&& fn) {
   for (int t = 0; t < nthreads; ++t)
     threads.emplace_back([&] {
       // Relaxed, so that drawing an item orders nothing: whatever order items need, they must make themselves.
-      for (int64_t item; (item = next.fetch_add(1, std::memory_order_relaxed)) < items;) fn(item);
+      for (int64_t first; (first = next.fetch_add(grain, std::memory_order_relaxed)) < items;)
+        for (int64_t item = first; item < items && item < first + grain; ++item) fn(item);
     });
   for (std::thread& thread : threads) thread.join();
 }
