@@ -74,7 +74,7 @@ def build(case):
         call["attn_mask"] = make_mask(case["mask"], nheads, seqlen_q, seqlen_k)
     if case["sinks"]:
         call["sinks"] = torch.randn(nheads).to(dtype)
-    if case["dropout"]:
+    if case.get("dropout"):
         call |= {"dropout_p": case["dropout"], "rng_state": torch.tensor([-3, 2**33])}
     return q, k, v, call
 
