@@ -6,10 +6,12 @@
 namespace fastattn {
 namespace {
 
+constexpr int kIntoL2 = 2;     // __builtin_prefetch's locality
+constexpr int64_t kLine = 64;  // bytes
+
 // Walks through rows line by line, in the order in which they lie.
 class Prefetch {
  public:
-  Prefetch() = default;
   // `n` starts of rows of `bytes` bytes.
   template <class T>
   Prefetch(const T* const* rows, int n, int64_t bytes)
@@ -30,11 +32,9 @@ class Prefetch {
   }
 
  private:
-  static constexpr int kIntoL2 = 2;
-  static constexpr int64_t kLine = 64;
-  const char* const* rows_ = nullptr;
-  const char* const* end_ = nullptr;
-  int64_t bytes_ = 0, at_ = 0;
+  const char* const* rows_;
+  const char* const* end_;
+  int64_t bytes_, at_ = 0;
 };
 
 // Rows anywhere, fetched a few lines at every step() while something else is at work.
@@ -66,8 +66,7 @@ class FetchAhead {
   }
 
  private:
-  static constexpr int kIntoL2 = 2, kMaxRows = 512;
-  static constexpr int64_t kLine = 64;
+  static constexpr int kMaxRows = 512;
   struct Row {
     const char* at;
     const char* end;
