@@ -23,9 +23,10 @@ test: build $(VENV)/.test
 test-gpu: build $(VENV)/.test
 	$(BIN)/python -c "import torch; assert torch.cuda.is_available(), 'PyTorch finds no CUDA device'"
 	FASTATTN_CUDA=on $(BIN)/python setup.py build_ext --inplace
-	$(BIN)/python -m pytest tests/test_cuda_attention.py tests/test_cuda_gpu.py tests/test_cuda_build.py
+	$(BIN)/python -m pytest tests/test_cuda_*.py tests/triton_kernels
 	if command -v compute-sanitizer; then \
-	  compute-sanitizer --error-exitcode 1 $(BIN)/python -m pytest -q tests/test_cuda_attention.py -k gpu; fi
+	  compute-sanitizer --error-exitcode 1 $(BIN)/python -m pytest -q tests/test_cuda_attention.py \
+	    tests/test_cuda_backward.py -k gpu; fi
 
 lint: $(VENV)/.lint
 	$(BIN)/ruff check .

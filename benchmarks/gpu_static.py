@@ -55,13 +55,15 @@ def find_tool(name: str) -> str | None:
     return None
 
 
-def compile_cubin(architecture: str, headdim: int, dtype: str, folder: Path) -> tuple[Path, str]:
-    """Every kernel of one headdim and dtype; and what ptxas says. Warnings are errors."""
-    target = folder / f"{architecture}_{headdim}_{dtype}.cubin"
+def compile_cubin(
+    architecture: str, headdim: int, dtype: str, folder: Path, unit: str = "forward"
+) -> tuple[Path, str]:
+    """Every kernel of one headdim, dtype and unit, forward or backward; and what ptxas says. Warnings are errors."""
+    target = folder / f"{architecture}_{headdim}_{dtype}_{unit}.cubin"
     command = [
         find_tool("nvcc") or "nvcc", "-std=c++17", "-O3", f"-arch=sm_{architecture}", "-cubin", f"-I{ROOT / 'csrc'}",
         f"-DFASTATTN_HEADDIM={headdim}", f"-DFASTATTN_CUDA_TYPES={dtype}_t", "-Werror", "all-warnings",
-        "-Xptxas", "-v", "-o", str(target), str(ROOT / "csrc/cuda/forward.cu"),
+        "-Xptxas", "-v", "-o", str(target), str(ROOT / f"csrc/cuda/{unit}.cu"),
     ]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
@@ -113,32 +115,41 @@ def main_loop(lines: list[str]) -> list[str]:
     return min(loops)[2] if loops else []
 
 
-def shared_bytes(headdim: int, row_tiles: int) -> int:
-    """csrc/cuda/traits.cuh, kSharedBytes."""
-    keys = 64 if headdim <= 64 else 32
-    return (64 * row_tiles + 4 * keys) * headdim * 2
-
-
 def describe(mangled: str) -> dict[str, Any] | None:
-    """Headdim, rows of a tile and policy of an attention kernel, from its template arguments."""
-    match = re.search(
+    """Headdim, rows of a tile, policy and shared memory of an attention kernel, from its template arguments."""
+    if match := re.search(
         r"attention_forward.*?6TraitsILi(\d+)ELi(\d+)EE.*?6PolicyILb(\d)ELb(\d)ELb(\d)ELb(\d)EE", mangled
-    )
-    if not match:
+    ):
+        headdim, row_tiles, *flags = map(int, match.groups())
+        kernel, names = "forward", ("modifiers", "dropout", "pages", "splits")
+        keys = 64 if headdim <= 64 else 32
+        shared_bytes = (64 * row_tiles + 4 * keys) * headdim * 2  # csrc/cuda/traits.cuh, kSharedBytes
+    elif match := re.search(
+        r"(query|key)_gradients.*?14BackwardTraitsILi(\d+)EE.*?14BackwardPolicyILb(\d)ELb(\d)ELNS0_9GradientsE(\d)EE",
+        mangled,
+    ):
+        headdim, *flags, gradients = map(int, match.groups()[1:])
+        row_tiles = 1
+        kernel = "dQ" if match[1] == "query" else ("dK and dV", "dK", "dV")[gradients]
+        names = ("modifiers", "dropout")
+        lines = 64 if headdim <= 64 else 32 if headdim <= 128 else 16
+        shared_bytes = 2 * 64 * headdim * 2 + 2 * (2 * lines * headdim * 2 + lines * 8)  # attention_bwd.cuh
+    else:
         return None
-    headdim, row_tiles, *flags = map(int, match.groups())
-    names = ("modifiers", "dropout", "pages", "splits")
+    policy = " ".join(n for n, on in zip(names, flags) if on) or "plain"
     return {
-        "kernel": "forward " + (" ".join(n for n, on in zip(names, flags) if on) or "plain"),
+        "kernel": f"{kernel} {policy}",
         "headdim": headdim,
         "rows": 64 * row_tiles,
-        "shared_bytes": shared_bytes(headdim, row_tiles),
+        "shared_bytes": shared_bytes,
     }
 
 
-def report(architecture: str, headdim: int, dtype: str, folder: Path) -> list[dict[str, Any]]:
-    """One row per attention kernel."""
-    cubin, log = compile_cubin(architecture, headdim, dtype, folder)
+def report(
+    architecture: str, headdim: int, dtype: str, folder: Path, unit: str = "forward"
+) -> list[dict[str, Any]]:
+    """One row per attention kernel of a unit."""
+    cubin, log = compile_cubin(architecture, headdim, dtype, folder, unit)
     disassembler = find_tool("nvdisasm") or "nvdisasm"
     text = subprocess.run([disassembler, "-c", str(cubin)], capture_output=True, text=True, check=True).stdout
     rows = []
@@ -181,9 +192,10 @@ def main() -> None:
     rows = []
     with tempfile.TemporaryDirectory() as name:
         for architecture, headdim, dtype in TABLE:
-            for row in report(architecture, headdim, dtype, Path(name)):
-                print(*row.values(), flush=True)
-                rows.append(row)
+            for unit in ("forward", "backward"):
+                for row in report(architecture, headdim, dtype, Path(name), unit):
+                    print(*row.values(), flush=True)
+                    rows.append(row)
     if save:
         version = subprocess.run(
             [find_tool("nvcc") or "nvcc", "--version"], capture_output=True, text=True

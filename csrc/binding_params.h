@@ -99,6 +99,24 @@ void fill_lse(const py::tuple& lse, AttentionParams* p) {
   p->lse_stride_head = item<int64_t>(lse, 2);
 }
 
+// dlse and delta have lse's strides; dlse 0 = none.
+AttentionBackwardParams backward_params(const py::tuple& call, const py::tuple& out, const py::tuple& lse,
+                                        const py::tuple& dout, uintptr_t dlse, uintptr_t delta, const py::tuple& dq,
+                                        const py::tuple& dk, const py::tuple& dv, const py::object& dbias) {
+  AttentionBackwardParams p{};
+  p.fwd = attention_params(call);
+  p.fwd.out = view(out);
+  fill_lse(lse, &p.fwd);
+  p.dout = view(dout);
+  p.dlse = pointer<const void>(dlse);
+  p.delta = pointer<void>(delta);
+  p.dq = view(dq);
+  p.dk = view(dk);
+  p.dv = view(dv);
+  p.dbias = score_view(dbias);
+  return p;
+}
+
 // (q, q_out, k, v, k_cache, v_cache, kv, rotary_cos, rotary_sin, sizes, interleaved, q_per_row, dtype, kv_dtype,
 // nthreads)
 KVAppendParams append_params(const py::tuple& call) {

@@ -19,21 +19,10 @@ void attention_forward(const py::tuple& call, const py::tuple& out, const py::tu
   kernels().attention_forward(p);
 }
 
-// dlse and delta have lse's strides; dlse 0 = none.
 void attention_backward(const py::tuple& call, const py::tuple& out, const py::tuple& lse, const py::tuple& dout,
                         uintptr_t dlse, uintptr_t delta, const py::tuple& dq, const py::tuple& dk, const py::tuple& dv,
                         const py::object& dbias) {
-  AttentionBackwardParams p{};
-  p.fwd = attention_params(call);
-  p.fwd.out = view(out);
-  fill_lse(lse, &p.fwd);
-  p.dout = view(dout);
-  p.dlse = pointer<const void>(dlse);
-  p.delta = pointer<void>(delta);
-  p.dq = view(dq);
-  p.dk = view(dk);
-  p.dv = view(dv);
-  p.dbias = score_view(dbias);
+  AttentionBackwardParams p = backward_params(call, out, lse, dout, dlse, delta, dq, dk, dv, dbias);
   p.fast_bf16_dot = has_fast_bf16_dot();
   py::gil_scoped_release release;
   kernels().attention_backward(p);

@@ -19,7 +19,7 @@ FLOORS = {
     "fastattn.backends.reference_dropout": 4,
     "fastattn.backends.cpu": 4,
     "fastattn.backends.triton": 4,
-    "fastattn.backends.cpu_gradients": 4,
+    "fastattn.gradient_sums": 4,
     "fastattn.backends.cuda": 4,
     "fastattn.backends.cpu_sampling": 4,
     "fastattn.args": 5,

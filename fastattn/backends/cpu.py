@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from fastattn.backends.cpu_gradients import bias_gradient, bias_sums, broadcast_strides, sinks_gradient
 from fastattn.backends.cpu_sampling import sample, survivors
 from fastattn.calls import (
     DTYPES,
@@ -22,6 +21,7 @@ from fastattn.calls import (
     unit_stride,
     view,
 )
+from fastattn.gradient_sums import bias_gradient, bias_sums, broadcast_strides, sinks_gradient
 
 try:
     from fastattn import _C

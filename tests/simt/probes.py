@@ -10,7 +10,7 @@ from simt.emulator import Emulator
 from torch import Tensor
 
 from fastattn.args import AttentionArgs, KVAppendArgs
-from fastattn.backends import reference
+from fastattn.backends import cpu, reference
 
 HALF = torch.float16
 
@@ -72,7 +72,7 @@ def _calls() -> Iterator[tuple[AttentionArgs, Tensor, Tensor]]:
     yield dropped, out.double(), lse.double()
 
 
-def complaints(emulator: Emulator) -> set[str]:
+def forward_complaints(emulator: Emulator) -> set[str]:
     """The names of the checks that fail: "values", "bank conflicts", "schedule", or a fault's."""
     torch.manual_seed(0)
     seen: set[str] = set()
@@ -90,10 +90,12 @@ def complaints(emulator: Emulator) -> set[str]:
         first, *others = results
         if not all(torch.equal(a, b) for other in others for a, b in zip(first, other)):
             seen.add("schedule")
-    return seen | _append_complaints(emulator)
+    return seen
 
 
-def _append_complaints(emulator: Emulator) -> set[str]:
+def append_complaints(emulator: Emulator) -> set[str]:
+    """As above."""
+    torch.manual_seed(0)
     q, k, v = _tensors(1, 3, 3, 3, 1, 64)  # 15 rows: one warp has none
     angle = torch.rand(60, 32) * 6
     call = {"rotary_cos": angle.cos(), "rotary_sin": angle.sin(), "rotary_interleaved": False}
@@ -113,5 +115,47 @@ def _append_complaints(emulator: Emulator) -> set[str]:
     return seen
 
 
+def backward_complaints(emulator: Emulator) -> set[str]:
+    """As above; the truth is the CPU's kernels on the same numbers in float64."""
+    torch.manual_seed(0)
+    seen: set[str] = set()
+    dropout = {"dropout_p": 0.5, "rng_state": torch.tensor([5, 6])}
+    packed = torch.tensor([0, 30, 130], dtype=torch.int32)
+    for seqlen_q, seqlen_k, nheads, call in (
+        (131, 197, 2, {"causal": True}),
+        (130, 201, 1, {"window_size": (70, 20)}),
+        (80, 70, 2, {"causal": True}),
+        (40, 97, 2, {"softcap": 3.0, "attn_bias": torch.randn(1, 2, 40, 97), "sinks": torch.randn(2)}),
+        (70, 64, 2, dropout),
+        (130, 130, 1, {"cu_seqlens_q": packed, "cu_seqlens_k": packed, "max_seqlen_q": 100, "max_seqlen_k": 100}),
+    ):  # fmt: skip
+        q, k, v = _tensors(1, seqlen_q, seqlen_k, nheads, 1, 64)
+        wide = _args(q.double(), k.double(), v.double(), **call)
+        out64, lse64 = cpu.attention(wide)
+        assert lse64 is not None
+        dout, dlse = torch.randn(q.shape).to(HALF), torch.randn(lse64.shape)
+        truth = cpu.attention_backward(
+            wide, out64, lse64, dout.double(), dlse.double(), needs_dbias="attn_bias" in call
+        )
+        results = []
+        for seed, landing in ((0, "at issue"), (1, "at wait"), (2, "between")):
+            grads = emulator.attention_backward(
+                _args(q, k, v, **call), out64.to(HALF), lse64.float(), dout, dlse, seed, landing
+            )
+            results.append([x for x in grads if x is not None])
+            seen |= set(emulator.faults())
+            if emulator.bank_factor() > 1:
+                seen.add("bank conflicts")
+            wanted = [x for x in truth if x is not None]
+            if not all(_close(a, b.double(), 2e-2) for a, b in zip(results[-1], wanted, strict=True)):
+                seen.add("values")
+        if not all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other)):
+            seen.add("schedule")
+    return seen
+
+
 def _close(found: Tensor, truth: Tensor, tolerance: float) -> bool:
     return torch.allclose(found.double(), truth, rtol=tolerance, atol=tolerance)
+
+
+PROBES = {"forward": forward_complaints, "append": append_complaints, "backward": backward_complaints}
