@@ -1,6 +1,4 @@
 // The host functions of launch.h.
-#include <type_traits>
-
 #include "cuda/kv_append.cuh"
 #include "cuda/launch.cuh"
 
@@ -15,10 +13,15 @@
 namespace fastattn {
 namespace {
 
+template <int value>
+struct Constant {
+  constexpr operator int() const { return value; }
+};
+
 // launch(headdim) with the least headdim that holds both of a call's, as a constant.
 template <class Launch, int kDim, int... kLarger>
 int with_headdim(const AttentionParams& p, Launch launch) {
-  if (p.headdim <= kDim && p.headdim_v <= kDim) return launch(std::integral_constant<int, kDim>{});
+  if (p.headdim <= kDim && p.headdim_v <= kDim) return launch(Constant<kDim>{});
   if constexpr (sizeof...(kLarger) > 0)
     return with_headdim<Launch, kLarger...>(p, launch);
   else
