@@ -1,7 +1,7 @@
 """What every pre-norm decoder is made of, and the one function that runs it.
 
     x = embedding(token_ids)                          (total, hidden)
-    for each layer:  x += attention(norm(x));  x += mlp(norm(x))
+    for each layer:  x += attention(norm(x));  x += mlp(norm(x))          (or both from the same x)
     logits = head(norm(x))                            (batch or total, vocab)
 
 The tokens of all rows of a batch lie one after the other, ragged and without padding: linear layers, norms
@@ -32,6 +32,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
     "gelu": F.gelu,
     "gelu_tanh": partial(F.gelu, approximate="tanh"),
+    "relu": F.relu,
 }
 
 MIN_ROTARY_ROWS = 512  # the first size of the rotary tables; they grow with the longest sequence seen
@@ -61,6 +62,9 @@ class LayerNorm:
     def __call__(self, x: Tensor) -> Tensor:
         """x (tokens, hidden) float32 -> the same."""
         return F.layer_norm(x, self.shape, self.weight, self.bias, self.eps)  # (tokens, hidden)
+
+
+Norm = RMSNorm | LayerNorm
 
 
 class MLP:
@@ -136,6 +140,18 @@ def _inverse_frequencies(config: RopeConfig) -> Tensor:
     return inv_freq * (keep + (1 - keep) / scaling.factor)
 
 
+def alibi_slopes(nheads: int) -> Tensor:
+    """ALiBi's slope of each head (arXiv 2108.12409, section 3), (nheads,) float32.
+
+    2^(-8 / n), 2^(-16 / n), ... for a power of two n; else those of the power of two below, then every other
+    one of the power of two above.
+    """
+    below = 1 << (nheads.bit_length() - 1)  # the largest power of two <= nheads
+    slopes = [2.0 ** (-8 * (h + 1) / below) for h in range(below)]
+    slopes += [2.0 ** (-4 * (2 * h + 1) / below) for h in range(nheads - below)]
+    return torch.tensor(slopes)  # (nheads,)
+
+
 @dataclass(frozen=True, slots=True)
 class Run:
     """Neighbouring cache rows with equally many new tokens: one call of batched attention."""
@@ -163,16 +179,24 @@ class Attention:
         out: weight (hidden, nheads * headdim).
         config: nheads, nheads_k and headdim.
         rotary: the model's tables, or None.
+        alibi_slopes: (nheads,) float32, or None.
     """
 
     def __init__(
-        self, qkv: PackedLinear, out: PackedLinear, config: ModelConfig, rotary: Rotary | None
+        self,
+        qkv: PackedLinear,
+        out: PackedLinear,
+        config: ModelConfig,
+        rotary: Rotary | None,
+        *,
+        alibi_slopes: Tensor | None = None,
     ) -> None:
         self.qkv = qkv
         self.out = out
         self.heads = [config.nheads, config.nheads_k, config.nheads_k]
         self.headdim = config.headdim
         self.rotary = rotary
+        self.alibi_slopes = alibi_slopes  # (nheads,)
 
     def __call__(
         self, x: Tensor, runs: list[Run], k_cache: Tensor, v_cache: Tensor, seqlens: Tensor
@@ -217,18 +241,38 @@ class Attention:
             rotary_sin=None if rotary is None else rotary.sin,
             rotary_interleaved=False,
             causal=True,
+            alibi_slopes=self.alibi_slopes,
         )
         return cast(Tensor, out).view(batch * seqlen, self.heads[0] * self.headdim)
 
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """One decoder layer: two residual branches, each behind its norm."""
+    """One decoder layer: two residual branches, each behind its norm.
 
-    attn_norm: RMSNorm | LayerNorm
+    One after the other, or ``parallel``: the MLP then reads x as it was before the attention, through its own
+    norm, or, where ``ffn_norm`` is None, what the attention reads.
+    """
+
+    attn_norm: Norm
     attn: Attention
-    ffn_norm: RMSNorm | LayerNorm
+    ffn_norm: Norm | None
     mlp: MLP | GatedMLP
+    parallel: bool = False
+
+    def __call__(
+        self, x: Tensor, runs: list[Run], k_cache: Tensor, v_cache: Tensor, seqlens: Tensor
+    ) -> Tensor:
+        """x (total, hidden) float32 -> the same memory, updated; the others as in ``Attention``."""
+        attn_in = self.attn_norm(x)  # (total, hidden)
+        attn_out = self.attn(attn_in, runs, k_cache, v_cache, seqlens)  # (total, hidden)
+        if not self.parallel:
+            x += attn_out
+        ffn_in = attn_in if self.ffn_norm is None else self.ffn_norm(x)  # (total, hidden)
+        if self.parallel:
+            x += attn_out
+        x += self.mlp(ffn_in)
+        return x
 
 
 class Decoder:
@@ -242,6 +286,7 @@ class Decoder:
         head: weight (vocab, hidden).
         rotary: the tables that the layers' attention reads, or None.
         positions: (max_seqlen, hidden) learned positions in the model's dtype, or None.
+        embedding_norm: what the embedding goes through first, or None.
     """
 
     def __init__(
@@ -249,11 +294,12 @@ class Decoder:
         config: ModelConfig,
         embedding: Tensor,
         layers: Sequence[Layer],
-        norm: RMSNorm | LayerNorm,
+        norm: Norm,
         head: PackedLinear,
         *,
         rotary: Rotary | None = None,
         positions: Tensor | None = None,
+        embedding_norm: Norm | None = None,
     ) -> None:
         self.config = config
         self.embedding = embedding  # (vocab, hidden)
@@ -262,6 +308,7 @@ class Decoder:
         self.head = head
         self.rotary = rotary
         self.positions = positions  # (max_seqlen, hidden)
+        self.embedding_norm = embedding_norm
 
     @property
     def dtype(self) -> torch.dtype:
@@ -303,8 +350,7 @@ class Decoder:
         x = self._embed(token_ids, starts, ends)  # (total, hidden)
         runs = split_runs(seqlens)
         for layer, k_cache, v_cache in zip(self.layers, cache.k, cache.v):
-            x += layer.attn(layer.attn_norm(x), runs, k_cache, v_cache, cache.seqlens)
-            x += layer.mlp(layer.ffn_norm(x))
+            x = layer(x, runs, k_cache, v_cache, cache.seqlens)
         cache.seqlens = torch.tensor(ends, dtype=torch.int32)  # (batch,)
 
         if not all_logits and len(x) > len(seqlens):
@@ -320,7 +366,7 @@ class Decoder:
         if self.positions is not None:
             where = torch.cat([torch.arange(start, end) for start, end in zip(starts, ends)])  # (total,)
             x += F.embedding(where, self.positions)
-        return x
+        return x if self.embedding_norm is None else self.embedding_norm(x)
 
     def _check(self, token_ids: Tensor, seqlens: list[int], cache: KVCache, ends: list[int]) -> None:
         if not isinstance(token_ids, Tensor) or token_ids.dtype != torch.int64:

@@ -13,7 +13,7 @@ from numbers import Real
 from pathlib import Path
 from typing import Any, NoReturn
 
-from fastattn.model.weights import ModelFileError
+from fastattn.model.weights import ModelFileError, TensorSource
 
 MAX_INT = 2**31 - 1
 MAX_HEADDIM = 512  # what the attention kernels take
@@ -24,7 +24,21 @@ ACTIVATION_NAMES = {
     "swish": "silu",
     "gelu": "gelu",
     "gelu_new": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
     "gelu_pytorch_tanh": "gelu_tanh",
+    "relu": "relu",
+}
+
+# ModelConfig field: key in GGUF metadata, behind the architecture's name.
+GGUF_SIZES = {
+    "vocab_size": "vocab_size",
+    "hidden_size": "embedding_length",
+    "nlayers": "block_count",
+    "nheads": "attention.head_count",
+    "nheads_k": "attention.head_count_kv",
+    "headdim": "attention.key_length",
+    "ffn_size": "feed_forward_length",
+    "max_seqlen": "context_length",
 }
 
 
@@ -51,9 +65,7 @@ class RopeConfig:
     base: float
     rotary_dim: int
     scaling: RopeScaling | None = None
-    stored_as_pairs: bool = (
-        False  # the file keeps the rows of a rotated pair side by side, as GGUF's llama does
-    )
+    stored_as_pairs: bool = False  # a pair's rows lie side by side, as in GPT-J and in GGUF's llama
 
 
 @dataclass(frozen=True)
@@ -70,11 +82,16 @@ class ModelConfig:
     ffn_size: int
     max_seqlen: int  # positions
     norm_eps: float
-    rope: RopeConfig | None  # None: learned absolute positions
+    rope: RopeConfig | None  # None: learned absolute positions, or ALiBi
     tie_embeddings: bool  # the LM head is the token embedding
     activation: str  # a key of blocks.ACTIVATIONS
     bos_id: int | None = None
     eos_ids: tuple[int, ...] = ()
+    alibi: bool = False  # scores fall linearly with the distance
+    parallel: bool = False  # attention and MLP of a layer read the same x
+    qkv_grouped: bool = (
+        False  # the file keeps each KV head's queries, key and value together, as Megatron does
+    )
 
 
 class Fields:
@@ -102,6 +119,10 @@ class Fields:
     def has(self, key: str) -> bool:
         """Whether the key is there and not null."""
         return self.values.get(key) is not None
+
+    def first(self, *keys: str) -> str:
+        """Of several names for one value the one that is there; the first of them if none is."""
+        return next((key for key in keys if self.has(key)), keys[0])
 
     def fail(self, key: str, problem: str) -> NoReturn:
         """ModelFileError about this key."""
@@ -205,6 +226,29 @@ def read_sizes(fields: Fields, keys: Mapping[str, str], **defaults: int) -> dict
     return sizes
 
 
+def read_hf(
+    config: Fields, generation_config: Fields, keys: Mapping[str, str], **defaults: int
+) -> dict[str, Any]:
+    """What every config.json says: sizes (``read_sizes``) and the ids of special tokens, fields of ModelConfig."""
+    bos_id, eos_ids = read_hf_ids(config, generation_config)
+    return {**read_sizes(config, keys, **defaults), "bos_id": bos_id, "eos_ids": eos_ids}
+
+
+def read_gguf(fields: Fields, source: TensorSource, arch: str) -> dict[str, Any]:
+    """What every GGUF file says: sizes, ids of special tokens, whether it has a head; fields of ModelConfig.
+
+    Without a vocab_size the embedding's rows count; without a head it is tied.
+    """
+    shapes = source.shapes()
+    rows = shapes.get("token_embd.weight", (0,))[0]
+    keys = {field: f"{arch}.{key}" for field, key in GGUF_SIZES.items()}
+    sizes = read_sizes(fields, keys, **({"vocab_size": rows} if rows else {}))
+    fields.require(f"{arch}.attention.value_length", sizes["headdim"], sizes["headdim"])
+    bos_id, eos_ids = read_gguf_ids(fields)
+    tied = "output.weight" not in shapes
+    return {**sizes, "bos_id": bos_id, "eos_ids": eos_ids, "tie_embeddings": tied}
+
+
 def read_activation(fields: Fields, key: str, default: str) -> str:
     """Our name of the activation function."""
     name = fields.text(key, default)
@@ -235,15 +279,34 @@ def read_gguf_ids(fields: Fields) -> tuple[int | None, tuple[int, ...]]:
     return (bos[0] if bos else None), tuple(dict.fromkeys(eos))
 
 
-def read_hf_rope(fields: Fields, headdim: int) -> RopeConfig:
-    """``rope_parameters`` (transformers 5) or ``rope_theta`` and ``rope_scaling`` (before)."""
-    key = "rope_parameters" if fields.has("rope_parameters") else "rope_scaling"
+def read_hf_rope(
+    fields: Fields,
+    headdim: int,
+    *,
+    base_key: str = "rope_theta",
+    partial_key: str = "partial_rotary_factor",
+    partial: float | None = None,
+) -> RopeConfig:
+    """``rope_parameters`` (transformers 5), or ``rope_scaling`` and keys of config.json itself (before).
+
+    Args:
+        fields: config.json.
+        headdim: of q and k.
+        base_key: of the base in config.json.
+        partial_key: of the share of headdim that turns, in config.json.
+        partial: that share where the file does not say; None where all of headdim always turns.
+    """
+    key = fields.first("rope_parameters", "rope_scaling")
     rope = fields.nested(key)
-    base = rope.number("rope_theta") if rope.has("rope_theta") else fields.number("rope_theta", 10000.0)
+    base = rope.number("rope_theta") if rope.has("rope_theta") else fields.number(base_key, 10000.0)
     kind_key = "rope_type" if rope.has("rope_type") else "type"
     kind = rope.text(kind_key, "default")
-    for where in (fields, rope):
-        where.require("partial_rotary_factor", 1.0, default=1.0)
+    rotary_dim = (
+        headdim if partial is None else _partial_rotary_dim(fields, rope, headdim, partial_key, partial)
+    )
+    if partial is None:
+        for where in (fields, rope):
+            where.require("partial_rotary_factor", 1.0, default=1.0)
     if kind == "default":
         scaling = None
     elif kind == "linear":
@@ -260,6 +323,30 @@ def read_hf_rope(fields: Fields, headdim: int) -> RopeConfig:
             rope.fail("high_freq_factor", f"expected more than low_freq_factor={scaling.low_freq_factor}")
     else:
         rope.fail(kind_key, f"rotary scaling {shown(kind)} is not supported; default, linear and llama3 are")
-    if headdim % 2:
-        fields.fail("head_dim", f"expected an even number for rotary embedding, got {headdim}")
-    return RopeConfig(base, headdim, scaling)
+    if rotary_dim % 2:
+        fields.fail("head_dim", f"expected an even number for rotary embedding, got {rotary_dim}")
+    return RopeConfig(base, rotary_dim, scaling)
+
+
+def _partial_rotary_dim(fields: Fields, rope: Fields, headdim: int, key: str, default: float) -> int:
+    """How many dimensions turn, by their share of headdim."""
+    where, key = (rope, "partial_rotary_factor") if rope.has("partial_rotary_factor") else (fields, key)
+    rotary_dim = int(headdim * where.number(key, default))
+    if not 2 <= rotary_dim <= headdim or rotary_dim % 2:
+        wanted = f"expected a share of headdim={headdim} that is an even number of dimensions"
+        where.fail(key, f"{wanted}, got {where.values.get(key, default)}, {rotary_dim} dimensions")
+    return rotary_dim
+
+
+def read_gguf_rope(fields: Fields, arch: str, headdim: int, *, stored_as_pairs: bool = False) -> RopeConfig:
+    """Base, rotated dimensions and scaling, behind the architecture's name."""
+    rotary_dim = read_rotary_dim(fields, f"{arch}.rope.dimension_count", headdim, headdim)
+    base = fields.number(f"{arch}.rope.freq_base", 10000.0)
+    kind_key = f"{arch}.rope.scaling.type"
+    kind = fields.text(kind_key, "none")
+    scaling = None
+    if kind == "linear":
+        scaling = RopeScaling("linear", fields.number(f"{arch}.rope.scaling.factor"))
+    elif kind != "none":
+        fields.fail(kind_key, f"rotary scaling {shown(kind)} is not supported; none and linear are")
+    return RopeConfig(base, rotary_dim, scaling, stored_as_pairs)

@@ -6,25 +6,19 @@ puts them back, as Hugging Face files have them.
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
-
 from fastattn.linear import PackedLinear
 from fastattn.model.blocks import Attention, Decoder, GatedMLP, Layer, RMSNorm, Rotary
 from fastattn.model.config import (
     Fields,
     ModelConfig,
-    RopeConfig,
-    RopeScaling,
     read_activation,
     read_gguf_ids,
+    read_gguf_rope,
     read_hf_ids,
     read_hf_rope,
-    read_rotary_dim,
     read_sizes,
-    shown,
 )
-from fastattn.model.weights import TensorSource, WeightReader
+from fastattn.model.weights import TensorSource, WeightReader, split_pairs
 
 NAME = "llama"
 HF_CLASSES = ("LlamaForCausalLM", "MistralForCausalLM")
@@ -95,25 +89,12 @@ def gguf_config(fields: Fields, source: TensorSource) -> ModelConfig:
         arch=NAME,
         **sizes,
         norm_eps=fields.number("llama.attention.layer_norm_rms_epsilon"),
-        rope=_gguf_rope(fields, headdim),
+        rope=read_gguf_rope(fields, "llama", headdim, stored_as_pairs=True),
         tie_embeddings="output.weight" not in shapes,
         activation="silu",
         bos_id=bos_id,
         eos_ids=eos_ids,
     )
-
-
-def _gguf_rope(fields: Fields, headdim: int) -> RopeConfig:
-    rotary_dim = read_rotary_dim(fields, "llama.rope.dimension_count", headdim, headdim)
-    base = fields.number("llama.rope.freq_base", 10000.0)
-    kind = fields.text("llama.rope.scaling.type", "none")
-    scaling = None
-    if kind == "linear":
-        scaling = RopeScaling("linear", fields.number("llama.rope.scaling.factor"))
-    elif kind != "none":
-        problem = f"rotary scaling {shown(kind)} is not supported; none and linear are"
-        fields.fail("llama.rope.scaling.type", problem)
-    return RopeConfig(base, rotary_dim, scaling, stored_as_pairs=True)
 
 
 def _check_window(fields: Fields, key: str, max_seqlen: int) -> None:
@@ -143,7 +124,7 @@ def build(config: ModelConfig, weights: WeightReader) -> Decoder:
         )  # (size_q + 2 * size_k, hidden)
         if rope.stored_as_pairs:
             for rows in (qkv,) if bias is None else (qkv, bias):
-                _split_pairs(rows[: size_q + size_k], config.headdim, rope.rotary_dim)
+                split_pairs(rows[: size_q + size_k], config.headdim, rope.rotary_dim)
         attn = Attention(PackedLinear(qkv, bias), linear(i, size_q, attn_out=hidden), config, rotary)
         gate_up = linear(i, hidden, gate=config.ffn_size, up=config.ffn_size)
         mlp = GatedMLP(gate_up, linear(i, config.ffn_size, down=hidden), config.activation)
@@ -151,18 +132,6 @@ def build(config: ModelConfig, weights: WeightReader) -> Decoder:
         layers.append(Layer(attn_norm, attn, RMSNorm(weights.vector("ffn_norm", hidden, i), eps), mlp))
 
     embedding = weights.matrix("embedding", config.vocab_size, hidden)  # (vocab, hidden)
-    head = weights.head(embedding, config.tie_embeddings)  # (vocab, hidden)
+    head = PackedLinear(*weights.head(embedding, config.tie_embeddings))
     norm = RMSNorm(weights.vector("norm", hidden), eps)
-    return Decoder(config, embedding, layers, norm, PackedLinear(head), rotary=rotary)
-
-
-def _split_pairs(rows: Tensor, headdim: int, rotary_dim: int) -> None:
-    """In place: of each head's first ``rotary_dim`` rows, the even ones first, then the odd ones.
-
-    Args:
-        rows: (heads * headdim, hidden), or a bias (heads * headdim,).
-        headdim: rows per head.
-        rotary_dim: how many of them are rotated.
-    """
-    turned = rows.view(-1, headdim, *rows.shape[1:])[:, :rotary_dim]  # (heads, rotary_dim, ...)
-    turned.copy_(torch.cat((turned[:, ::2], turned[:, 1::2]), dim=1))
+    return Decoder(config, embedding, layers, norm, head, rotary=rotary)
