@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from fastattn.model import gpt2, gpt_neox, gptj, llama
+from fastattn.model import gemma2, gemma3, gpt2, gpt_neox, gptj, llama, mistral, qwen2, qwen3
 from fastattn.model.blocks import Decoder
 from fastattn.model.config import Fields, shown
 from fastattn.model.gguf import GGUFFile
@@ -17,7 +17,9 @@ from fastattn.model.safetensors import SafetensorsSource, read_json
 from fastattn.model.weights import ModelFileError, WeightReader
 
 # A row is a module with HF_CLASSES, GGUF_ARCHS, tables of keys and names, hf_config, gguf_config and build.
-ARCHITECTURES: dict[str, ModuleType] = {module.NAME: module for module in (llama, gpt2, gpt_neox, gptj)}
+ARCHITECTURES: dict[str, ModuleType] = {
+    module.NAME: module for module in (llama, mistral, qwen2, qwen3, gemma2, gemma3, gpt2, gpt_neox, gptj)
+}
 
 # The JSON files of a folder, without their ending.
 FOLDER_METADATA = ("config", "generation_config", "tokenizer_config")
