@@ -292,6 +292,7 @@ class Decoder:
         self.norm = norm
         self.head = head
         self.rotaries = {layer.attn.rotary for layer in layers if layer.attn.rotary is not None}
+        self.prompt_limit = min((r.prompt_limit for r in self.rotaries), default=config.max_seqlen)
         self.positions = positions  # (max_seqlen, hidden)
         self.embedding_norm = embedding_norm
 
@@ -373,6 +374,12 @@ class Decoder:
             row = ends.index(max(ends))
             limit = f"the model has max_seqlen={self.config.max_seqlen}"
             raise ValueError(f"token_ids: row {row} would hold {ends[row]} tokens, {limit}")
+        for row, (end, seqlen) in enumerate(zip(ends, seqlens)):
+            if seqlen > 1 and end > self.prompt_limit:
+                begin = f"beyond {self.prompt_limit}, where dynamic rotary scaling begins"
+                raise ValueError(
+                    f"token_ids: row {row} would hold {end} tokens; {begin}, they have to come one at a time"
+                )
         low, high = (int(x) for x in token_ids.aminmax())
         if low < 0 or high >= self.config.vocab_size:
             bad = low if low < 0 else high

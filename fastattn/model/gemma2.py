@@ -90,8 +90,15 @@ def gguf_common(name: str, fields: Fields, layers_27b: int) -> dict[str, Any]:
 
 
 def gguf_window(name: str, fields: Fields, pattern: int, default: int | None) -> dict[str, Any]:
-    """The same from GGUF."""
-    local = local_layers(fields.integer(f"{name}.block_count"), pattern)
+    """The same from GGUF, whose pattern is a number or says of every layer whether it is local."""
+    nlayers, key = fields.integer(f"{name}.block_count"), f"{name}.attention.sliding_window_pattern"
+    listed = fields.values.get(key)
+    if isinstance(listed, list):
+        if len(listed) != nlayers:
+            fields.fail(key, f"expected one for each of the {nlayers} layers, got {len(listed)}")
+        local = tuple(i for i, is_local in enumerate(listed) if is_local)
+    else:
+        local = local_layers(nlayers, fields.integer(key, pattern))
     return gated.windowed(fields, f"{name}.attention.sliding_window", local, default)
 
 

@@ -63,7 +63,7 @@ def gguf_config(fields: Fields, source: TensorSource) -> ModelConfig:
         fields,
         source,
         **gguf_common(NAME, fields, LAYERS_27B),
-        **gguf_window(NAME, fields, fields.integer("gemma3.attention.sliding_window_pattern", PATTERN), None),
+        **gguf_window(NAME, fields, PATTERN, None),
         logit_softcap=fields.number(key) if fields.has(key) else 0.0,
         local_rope=RopeConfig(fields.number("gemma3.rope.freq_base_swa", LOCAL_BASE), headdim),
     )

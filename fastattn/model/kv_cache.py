@@ -27,8 +27,8 @@ class Ring:
         self.window = window
         self.page = min(MAX_PAGE, 1 << (window - 1).bit_length())  # tokens
         self.piece = min(window, MAX_PIECE)  # new tokens that are appended before they attend, at most
-        # The first token of a piece looks back by window - 1; both ends may lie within a page.
-        self.pages = -(-(window - 1 + self.piece) // self.page) + 1  # per row
+        # A token lies where the one before it by so many pages was; the first of a piece looks back by window - 1.
+        self.pages = -(-(window - 1 + self.piece) // self.page)  # per row
         self.tokens = self.pages * self.page  # per row
 
 
@@ -155,5 +155,5 @@ class KVCache:
         wanted = min(wanted, held)
         if self.ring is None:
             return wanted
-        oldest = ((written - 1) // self.ring.page - self.ring.pages + 1) * self.ring.page
+        oldest = written - self.ring.tokens  # still there
         return wanted if oldest <= max(0, wanted - self.ring.window + 1) else 0

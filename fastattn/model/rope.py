@@ -22,12 +22,21 @@ class Rotary:
     Args:
         config: base, rotary_dim and scaling.
         factors: (rotary_dim / 2,) float32 divisors of the frequencies (GGUF's rope_freqs), or None.
+
+    Attributes:
+        prompt_limit: tokens after which others can only come one at a time.
     """
 
     def __init__(self, config: RopeConfig, factors: Tensor | None = None) -> None:
         self.config = config
         self.factors = None if factors is None else factors.double()  # (rotary_dim / 2,)
         self.cos = self.sin = torch.empty(0, config.rotary_dim // 2)  # (positions, rotary_dim / 2)
+        # A longer prompt would turn every key by its own length, as transformers does, and so depend on how it is
+        # cut into pieces; keys that are in the cache keep the turn they have.
+        scaling = config.scaling
+        self.prompt_limit = MAX_INT
+        if scaling is not None and scaling.kind == "dynamic":
+            self.prompt_limit = scaling.original_max_seqlen
 
     def reserve(self, seqlen: int) -> None:
         """Tables for at least ``seqlen`` positions."""
