@@ -9,15 +9,18 @@ from typing import Any
 
 import torch
 
-from fastattn.model import gpt2, gpt_neox, gptj, llama
+from fastattn.model import bloom, falcon, gpt2, gpt_neox, gptj, llama, opt, phi
 from fastattn.model.blocks import Decoder
 from fastattn.model.config import Fields, shown
 from fastattn.model.gguf import GGUFFile
 from fastattn.model.safetensors import SafetensorsSource, read_json
 from fastattn.model.weights import ModelFileError, WeightReader
 
-# A row is a module with HF_CLASSES, GGUF_ARCHS, tables of keys and names, hf_config, gguf_config and build.
-ARCHITECTURES: dict[str, ModuleType] = {module.NAME: module for module in (llama, gpt2, gpt_neox, gptj)}
+# A row is a module with HF_CLASSES, GGUF_ARCHS, tables of keys and names, hf_config, build, and gguf_config unless
+# GGUF_ARCHS is empty.
+ARCHITECTURES: dict[str, ModuleType] = {
+    module.NAME: module for module in (llama, gpt2, gpt_neox, gptj, opt, phi, bloom, falcon)
+}
 
 # The JSON files of a folder, without their ending.
 FOLDER_METADATA = ("config", "generation_config", "tokenizer_config")
