@@ -94,10 +94,17 @@ def _sizes(config: ModelConfig) -> dict[str, Any]:
         "ffn size": config.ffn_size,
         "context": config.max_seqlen,
         "vocabulary": config.vocab_size,
-        "positions": f"rotary, base {config.rope.base:g}" if config.rope else "learned",
+        "positions": _positions(config),
         "embeddings": "tied" if config.tie_embeddings else "separate head",
         "end tokens": list(config.eos_ids),
     }
+
+
+def _positions(config: ModelConfig) -> str:
+    if config.rope is None:
+        return "ALiBi" if config.alibi else "learned"
+    share = "" if config.rope.rotary_dim == config.headdim else f", {config.rope.rotary_dim} dimensions"
+    return f"rotary, base {config.rope.base:g}{share}"
 
 
 def _memory(config: ModelConfig, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:

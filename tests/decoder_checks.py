@@ -12,12 +12,12 @@ import transformers
 TOLERANCE = 1e-4  # float32 against float32, logits of size 1 to 10
 
 
-def randomised(config, name: str):
-    """A model of transformers, eager; the weights are random by its name.
+def randomised(config, name: str, attention: str = "eager"):
+    """A model of transformers with that attention; the weights are random by its name.
 
     They are large enough that attention is not uniform and that the best token wins by a margin.
     """
-    config._attn_implementation = "eager"
+    config._attn_implementation = attention
     model = transformers.AutoModelForCausalLM.from_config(config).eval()
     generator = torch.Generator().manual_seed(sum(name.encode()))
     with torch.no_grad():

@@ -156,7 +156,8 @@ def test_rewind(windowed):
     """What is left goes on as if nothing had been after it; where the window is gone, nothing is left."""
     ids, other = prompt(60, 1), prompt(64, 2)
     for held, wanted, kept in [
-        (20, 3, 3),
+        (16, 3, 3),
+        (20, 3, 0),
         (60, 58, 58),
         (60, 49, 49),
         (60, 48, 0),
