@@ -26,7 +26,7 @@ def randomised(config, name: str, attention: str = "eager"):
             noise = torch.randn(p.shape, generator=generator)
             is_embedding = "emb" in key or "wte" in key
             if p.dim() == 2:
-                p.copy_(noise * (1.0 if is_embedding else 3.0 / p.shape[-1] ** 0.5))
+                p.copy_(noise * (1.0 if is_embedding else 2.0 / p.shape[-1] ** 0.5))
             else:
                 p.copy_(0.2 * noise + (0 if key.endswith("bias") else 1))
             if is_embedding and config.tie_word_embeddings:

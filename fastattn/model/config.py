@@ -44,18 +44,17 @@ GGUF_SIZES = {
 
 @dataclass(frozen=True)
 class RopeScaling:
-    """How rotary frequencies stretch beyond the trained length.
+    """How rotary frequencies stretch beyond the trained length, ``original_max_seqlen`` (``rope.frequencies``)."""
 
-    ``linear`` divides every frequency by ``factor``; ``llama3`` divides the low ones, keeps the high ones and
-    blends in between: the borders are pairs that make ``low_freq_factor`` and ``high_freq_factor`` full turns
-    within ``original_max_seqlen`` positions.
-    """
-
-    kind: str  # "linear" or "llama3"
+    kind: str  # "linear", "dynamic", "yarn" or "llama3"
     factor: float
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
     original_max_seqlen: int = 8192
+    low_freq_factor: float = 1.0  # llama3
+    high_freq_factor: float = 4.0
+    beta_fast: float = 32.0  # yarn
+    beta_slow: float = 1.0
+    truncate: bool = True
+    attention_factor: float = 1.0  # of rotated q and k alike, so that scores grow by its square
 
 
 @dataclass(frozen=True)
@@ -92,6 +91,14 @@ class ModelConfig:
     qkv_grouped: bool = (
         False  # the file keeps each KV head's queries, key and value together, as Megatron does
     )
+    softmax_scale: float | None = None  # None: 1 / sqrt(headdim)
+    attn_softcap: float = 0.0  # of attention scores; 0: none
+    logit_softcap: float = 0.0  # of the logits; 0: none
+    embedding_scale: float = 1.0  # of token vectors on their way in
+    norm_offset: float = 0.0  # added to RMSNorm's weights as the file has them
+    window: int = 0  # tokens that one sees in local layers, itself included; 0: no layer is local
+    local_layers: tuple[int, ...] = ()  # the layers with that window
+    local_rope: RopeConfig | None = None  # of local layers; None: as in the others
 
 
 class Fields:
@@ -216,8 +223,8 @@ def read_sizes(fields: Fields, keys: Mapping[str, str], **defaults: int) -> dict
         wanted = f"expected a divisor of {keys['nheads']}={nheads}"
         fields.fail(keys["nheads_k"], f"{wanted}, got {sizes['nheads_k']}")
 
-    if "headdim" in keys and fields.has(keys["headdim"]):
-        sizes["headdim"] = fields.integer(keys["headdim"], high=MAX_HEADDIM)
+    if "headdim" in keys and (fields.has(keys["headdim"]) or "headdim" in defaults):
+        sizes["headdim"] = fields.integer(keys["headdim"], defaults.get("headdim"), high=MAX_HEADDIM)
     elif hidden_size % nheads or hidden_size // nheads > MAX_HEADDIM:
         wanted = f"expected a divisor of {keys['hidden_size']}={hidden_size}"
         fields.fail(keys["nheads"], f"{wanted} that leaves at most {MAX_HEADDIM}, got {nheads}")
@@ -277,76 +284,3 @@ def read_gguf_ids(fields: Fields) -> tuple[int | None, tuple[int, ...]]:
     bos = fields.token_ids("tokenizer.ggml.bos_token_id")
     eos = [i for kind in ("eos", "eot", "eom") for i in fields.token_ids(f"tokenizer.ggml.{kind}_token_id")]
     return (bos[0] if bos else None), tuple(dict.fromkeys(eos))
-
-
-def read_hf_rope(
-    fields: Fields,
-    headdim: int,
-    *,
-    base_key: str = "rope_theta",
-    partial_key: str = "partial_rotary_factor",
-    partial: float | None = None,
-) -> RopeConfig:
-    """``rope_parameters`` (transformers 5), or ``rope_scaling`` and keys of config.json itself (before).
-
-    Args:
-        fields: config.json.
-        headdim: of q and k.
-        base_key: of the base in config.json.
-        partial_key: of the share of headdim that turns, in config.json.
-        partial: that share where the file does not say; None where all of headdim always turns.
-    """
-    key = fields.first("rope_parameters", "rope_scaling")
-    rope = fields.nested(key)
-    base = rope.number("rope_theta") if rope.has("rope_theta") else fields.number(base_key, 10000.0)
-    kind_key = "rope_type" if rope.has("rope_type") else "type"
-    kind = rope.text(kind_key, "default")
-    rotary_dim = (
-        headdim if partial is None else _partial_rotary_dim(fields, rope, headdim, partial_key, partial)
-    )
-    if partial is None:
-        for where in (fields, rope):
-            where.require("partial_rotary_factor", 1.0, default=1.0)
-    if kind == "default":
-        scaling = None
-    elif kind == "linear":
-        scaling = RopeScaling("linear", rope.number("factor"))
-    elif kind == "llama3":
-        scaling = RopeScaling(
-            "llama3",
-            rope.number("factor"),
-            rope.number("low_freq_factor"),
-            rope.number("high_freq_factor"),
-            rope.integer("original_max_position_embeddings"),
-        )
-        if scaling.high_freq_factor <= scaling.low_freq_factor:
-            rope.fail("high_freq_factor", f"expected more than low_freq_factor={scaling.low_freq_factor}")
-    else:
-        rope.fail(kind_key, f"rotary scaling {shown(kind)} is not supported; default, linear and llama3 are")
-    if rotary_dim % 2:
-        fields.fail("head_dim", f"expected an even number for rotary embedding, got {rotary_dim}")
-    return RopeConfig(base, rotary_dim, scaling)
-
-
-def _partial_rotary_dim(fields: Fields, rope: Fields, headdim: int, key: str, default: float) -> int:
-    """How many dimensions turn, by their share of headdim."""
-    where, key = (rope, "partial_rotary_factor") if rope.has("partial_rotary_factor") else (fields, key)
-    rotary_dim = int(headdim * where.number(key, default))
-    if not 2 <= rotary_dim <= headdim or rotary_dim % 2:
-        wanted = f"expected a share of headdim={headdim} that is an even number of dimensions"
-        where.fail(key, f"{wanted}, got {where.values.get(key, default)}, {rotary_dim} dimensions")
-    return rotary_dim
-
-
-def read_gguf_rope(fields: Fields, arch: str, headdim: int, *, stored_as_pairs: bool = False) -> RopeConfig:
-    """Base, rotated dimensions and scaling, behind the architecture's name."""
-    rotary_dim = read_rotary_dim(fields, f"{arch}.rope.dimension_count", headdim, headdim)
-    base = fields.number(f"{arch}.rope.freq_base", 10000.0)
-    kind_key = f"{arch}.rope.scaling.type"
-    kind = fields.text(kind_key, "none")
-    scaling = None
-    if kind == "linear":
-        scaling = RopeScaling("linear", fields.number(f"{arch}.rope.scaling.factor"))
-    elif kind != "none":
-        fields.fail(kind_key, f"rotary scaling {shown(kind)} is not supported; none and linear are")
-    return RopeConfig(base, rotary_dim, scaling, stored_as_pairs)

@@ -7,8 +7,9 @@ from collections.abc import Set
 from torch import Tensor
 
 from fastattn.linear import PackedLinear
-from fastattn.model.blocks import MLP, Attention, Decoder, Layer, LayerNorm, Rotary
+from fastattn.model.blocks import MLP, Attention, Decoder, Layer, LayerNorm
 from fastattn.model.config import ModelConfig
+from fastattn.model.rope import Rotary
 from fastattn.model.weights import WeightReader, split_pairs, ungroup_qkv
 
 
@@ -79,7 +80,6 @@ def build_gpt(
         layers,
         norm("norm"),
         PackedLinear(*weights.head(embedding, config.tie_embeddings)),
-        rotary=rotary,
         positions=positions,
         embedding_norm=norm("embedding_norm") if "embedding_norm" in weights.names else None,
     )

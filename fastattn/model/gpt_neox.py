@@ -8,11 +8,10 @@ from fastattn.model.config import (
     ModelConfig,
     read_activation,
     read_gguf,
-    read_gguf_rope,
     read_hf,
-    read_hf_rope,
 )
 from fastattn.model.gpt import build_gpt
+from fastattn.model.rope import read_gguf_rope, read_hf_rope
 from fastattn.model.weights import TensorSource, WeightReader
 
 NAME = "gpt_neox"

@@ -13,11 +13,11 @@ from fastattn.model.config import (
     RopeConfig,
     read_activation,
     read_gguf,
-    read_gguf_rope,
     read_hf,
     read_rotary_dim,
 )
 from fastattn.model.gpt import build_gpt
+from fastattn.model.rope import read_gguf_rope
 from fastattn.model.weights import TensorSource, WeightReader
 
 NAME = "gptj"
