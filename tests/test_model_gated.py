@@ -20,6 +20,7 @@ from decoder_checks import (  # noqa: E402, F401  # the tests among them run on 
     prompt,
     randomised,
     reference,
+    test_bits,
     test_greedy,
     test_pieces,
     test_prefill,

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from fastattn.model import load_decoder
+from fastattn.model import ModelFileError, load_decoder
 
 gguf = pytest.importorskip("gguf")
 pytest.importorskip("safetensors")
@@ -15,12 +17,16 @@ transformers = pytest.importorskip("transformers")
 
 from decoder_checks import (  # noqa: E402, F401  # the tests among them run on the pairs below
     one_thread,
+    prompt,
     randomised,
+    test_bits,
     test_greedy,
     test_pieces,
     test_prefill,
     test_ragged_batch,
 )
+from make_llamacpp_logits import LEFT_OUT, SEQLEN, weight_sum  # noqa: E402
+from make_llamacpp_logits import OUT as LLAMACPP_FIXTURE  # noqa: E402
 
 SIZES = {"vocab_size": 101, "hidden_size": 48, "num_hidden_layers": 2, "eos_token_id": 7, "bos_token_id": 1}
 NEOX = {**SIZES, "num_attention_heads": 4, "intermediate_size": 80, "max_position_embeddings": 64}
@@ -31,8 +37,9 @@ GPTJ = {"vocab_size": 101, "n_embd": 48, "n_layer": 2, "n_head": 4, "n_positions
 MODELS = {
     "gpt_neox": lambda: transformers.GPTNeoXConfig(**NEOX, rotary_pct=0.5),
     "gpt_neox-serial": lambda: transformers.GPTNeoXConfig(
-        **NEOX, use_parallel_residual=False, attention_bias=False, rotary_pct=0.34, rotary_emb_base=500
+        **NEOX, use_parallel_residual=False, rotary_pct=0.34, rotary_emb_base=500
     ),
+    "gpt_neox-plain": lambda: transformers.GPTNeoXConfig(**NEOX, attention_bias=False, rotary_pct=1.0),
     "gptj": lambda: transformers.GPTJConfig(**GPTJ, eos_token_id=7, bos_token_id=1),
     "gptj-inner": lambda: transformers.GPTJConfig(**GPTJ, n_inner=80, eos_token_id=7, bos_token_id=1),
     "opt": lambda: transformers.OPTConfig(**OPT),
@@ -46,7 +53,7 @@ MODELS = {
     "falcon": lambda: transformers.FalconConfig(**FALCON),
     "falcon-new": lambda: transformers.FalconConfig(**FALCON, num_kv_heads=3, new_decoder_architecture=True),
     "falcon-new-one-norm": lambda: transformers.FalconConfig(
-        **FALCON, num_kv_heads=3, new_decoder_architecture=True, num_ln_in_parallel_attn=1, bias=True
+        **FALCON, num_kv_heads=3, new_decoder_architecture=True, num_ln_in_parallel_attn=1
     ),
     "falcon-many": lambda: transformers.FalconConfig(**FALCON, multi_query=False, ffn_hidden_size=80),
     "falcon-rw": lambda: transformers.FalconConfig(
@@ -74,6 +81,8 @@ def write_gguf(path: Path, model) -> None:
     writer.add_embedding_length(hidden)
     writer.add_block_count(nlayers)
     writer.add_head_count(nheads)
+    writer.add_tokenizer_model("none")
+    writer.add_vocab_size(101)
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(7)
     sizes = (getattr(config, key, None) for key in ("intermediate_size", "ffn_hidden_size", "n_inner"))
@@ -115,17 +124,21 @@ def write_gguf(path: Path, model) -> None:
     writer.close()
 
 
-PAIRS = [(name, "hf") for name in MODELS] + [
-    (name, "gguf") for name in MODELS if not name.startswith(NOT_IN_GGUF)
-]
+GGUF_MODELS = [name for name in MODELS if not name.startswith(NOT_IN_GGUF)]
+PAIRS = [(name, "hf") for name in MODELS] + [(name, "gguf") for name in GGUF_MODELS]
+
+
+def random_model(name: str):
+    """One of MODELS with random weights."""
+    # Falcon's eager attention adds ALiBi twice, to the scores and in the mask.
+    return randomised(MODELS[name](), name, "sdpa" if name == "falcon-rw" else "eager")
 
 
 @pytest.fixture(scope="module", params=PAIRS, ids="-".join)
 def pair(request, tmp_path_factory):
     """(transformers' model, our decoder)."""
     name, kind = request.param
-    # Falcon's eager attention adds ALiBi twice, to the scores and in the mask.
-    model = randomised(MODELS[name](), name, "sdpa" if name == "falcon-rw" else "eager")
+    model = random_model(name)
     path = tmp_path_factory.mktemp("model")
     if kind == "hf":
         model.save_pretrained(path)
@@ -136,3 +149,112 @@ def pair(request, tmp_path_factory):
     assert file.kind == kind
     assert decoder.config.eos_ids == (7,)
     return model, decoder
+
+
+@pytest.fixture(scope="module")
+def golden():
+    from safetensors.torch import load_file
+
+    return load_file(LLAMACPP_FIXTURE)
+
+
+@pytest.mark.parametrize("name", [name for name in GGUF_MODELS if name not in LEFT_OUT])
+def test_llamacpp(golden, tmp_path, name):
+    """The logits and the greedy tokens of llama.cpp, which looks GELU up in a table of float16."""
+    model = random_model(name)
+    assert abs(weight_sum(model) - golden[f"{name}.sum"]) < 1e-6, "other weights: run make_llamacpp_logits.py"
+    write_gguf(tmp_path / "model.gguf", model)
+    decoder, _ = load_decoder(tmp_path / "model.gguf")
+    cache = decoder.new_cache(1, 64)
+    logits = decoder.forward(prompt(SEQLEN), [SEQLEN], cache, all_logits=True)
+    torch.testing.assert_close(logits, golden[f"{name}.logits"], atol=0.01, rtol=0)
+    for token in golden[f"{name}.greedy"].tolist():
+        assert logits[-1].argmax() == token
+        logits = decoder.forward(torch.tensor([token]), [1], cache)
+
+
+def edited(path: Path, **values) -> None:
+    """Change config.json; None removes a key."""
+    config = {**json.loads(path.read_text()), **values}
+    path.write_text(json.dumps({key: value for key, value in config.items() if value is not None}))
+
+
+CONFIG_ERRORS = [
+    ("opt", "do_layer_norm_before", False, "only True is supported, got False"),
+    ("opt", "_remove_final_layer_norm", True, "only False is supported, got True"),
+    ("opt", "layer_norm_elementwise_affine", False, "only True is supported, got False"),
+    ("opt", "word_embed_proj_dim", 32, "only 48 is supported, got 32"),
+    ("phi", "qk_layernorm", True, "only False is supported, got True"),
+    ("bloom", "apply_residual_connection_post_layernorm", True, "only False is supported, got True"),
+    ("gptj", "rotary_dim", 5, "expected an even number of at most headdim=12, got 5"),
+    ("gptj", "rotary_dim", 14, "expected an even number of at most headdim=12, got 14"),
+    ("gptj", "activation_function", "tanh", "expected one of silu, swish, gelu"),
+    (
+        "gpt_neox",
+        "rope_parameters",
+        {"partial_rotary_factor": 0.25},
+        "a share of headdim=12 that is an even number",
+    ),
+    ("gpt_neox", "rope_parameters", {"partial_rotary_factor": 1.5}, "got 1.5, 18 dimensions"),
+    ("gpt_neox", "use_parallel_residual", "no", "expected true or false, got 'no'"),
+    ("falcon-new", "num_kv_heads", 4, "expected a divisor of num_attention_heads=6, got 4"),
+    ("falcon", "alibi", 1, "expected true or false, got 1"),
+]
+
+
+@pytest.mark.parametrize(("name", "key", "value", "message"), CONFIG_ERRORS, ids=lambda x: str(x)[:20])
+def test_config_errors(tmp_path, name, key, value, message):
+    random_model(name).save_pretrained(tmp_path)
+    edited(tmp_path / "config.json", **{key: value})
+    with pytest.raises(ModelFileError, match=message) as caught:
+        load_decoder(tmp_path)
+    assert str(tmp_path / "config.json") in str(caught.value)
+    assert "key '" in str(caught.value)
+
+
+def test_missing_bias(tmp_path):
+    """A bias that the architecture always has is asked for by name."""
+    from safetensors.torch import load_file, save_file
+
+    random_model("phi").save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    del tensors["model.layers.1.mlp.fc1.bias"]
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(ModelFileError, match=r"tensor 'layers.1.mlp.fc1.bias' is missing"):
+        load_decoder(tmp_path)
+
+
+def test_bloom_of_the_first_checkpoints(tmp_path):
+    """Other words for the sizes, and a longest sequence."""
+    random_model("bloom").save_pretrained(tmp_path)
+    wanted = load_decoder(tmp_path)[0].config
+    assert wanted.max_seqlen == 2048
+    edited(
+        tmp_path / "config.json",
+        hidden_size=None,
+        n_embed=48,
+        n_head=None,
+        num_attention_heads=6,
+        seq_length=96,
+    )
+    config = load_decoder(tmp_path)[0].config
+    assert config == replace(wanted, max_seqlen=96)
+
+
+def test_phi_with_fused_qkv(tmp_path):
+    """GGUF files of the time before transformers had Phi hold q, k and v as one matrix."""
+    model = random_model("phi")
+    write_gguf(tmp_path / "three.gguf", model)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            attn = layer.self_attn
+            attn.qkv_proj = torch.nn.Linear(48, 3 * 48)
+            for kind in ("weight", "bias"):
+                parts = [getattr(x, kind) for x in (attn.q_proj, attn.k_proj, attn.v_proj)]
+                getattr(attn.qkv_proj, kind).copy_(torch.cat(parts))
+            del attn.q_proj, attn.k_proj, attn.v_proj
+    write_gguf(tmp_path / "one.gguf", model)
+    ids = prompt(20)
+    three, one = (load_decoder(tmp_path / f"{name}.gguf")[0] for name in ("three", "one"))
+    logits = [d.forward(ids, [20], d.new_cache(1, 20), all_logits=True) for d in (three, one)]
+    assert torch.equal(*logits)

@@ -11,9 +11,8 @@ the model's dtype.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from itertools import groupby
 from typing import Any, cast
 
@@ -21,19 +20,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastattn.fused import rms_norm, silu_mul
+from fastattn.fused import activate, activate_mul, rms_norm
 from fastattn.kvcache import attention_with_kvcache
 from fastattn.linear import PackedLinear
 from fastattn.model.config import ModelConfig
 from fastattn.model.kv_cache import KVCache, Ring
 from fastattn.model.rope import Rotary
-
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "silu": F.silu,
-    "gelu": F.gelu,
-    "gelu_tanh": partial(F.gelu, approximate="tanh"),
-    "relu": F.relu,
-}
 
 
 class RMSNorm:
@@ -71,11 +63,11 @@ class MLP:
     def __init__(self, up: PackedLinear, down: PackedLinear, activation: str) -> None:
         self.up = up
         self.down = down
-        self.activation = ACTIVATIONS[activation]
+        self.activation = activation  # a key of fused.ACTIVATIONS
 
     def __call__(self, x: Tensor) -> Tensor:
         """x (tokens, hidden) float32 -> the same."""
-        return self.down(self.activation(self.up(x)))  # (tokens, hidden)
+        return self.down(activate(self.up(x), self.activation))  # (tokens, hidden)
 
 
 class GatedMLP:
@@ -84,16 +76,11 @@ class GatedMLP:
     def __init__(self, gate_up: PackedLinear, down: PackedLinear, activation: str) -> None:
         self.gate_up = gate_up  # weight (2 * ffn, hidden), gate first
         self.down = down
-        self.combine = silu_mul if activation == "silu" else partial(_gate, ACTIVATIONS[activation])
+        self.activation = activation  # a key of fused.ACTIVATIONS
 
     def __call__(self, x: Tensor) -> Tensor:
         """x (tokens, hidden) float32 -> the same."""
-        return self.down(self.combine(self.gate_up(x)))  # (tokens, hidden)
-
-
-def _gate(activation: Callable[[Tensor], Tensor], gate_up: Tensor) -> Tensor:
-    gate, up = gate_up.chunk(2, dim=-1)  # each (tokens, ffn)
-    return activation(gate).mul_(up)  # (tokens, ffn)
+        return self.down(activate_mul(self.gate_up(x), self.activation))  # (tokens, hidden)
 
 
 def alibi_slopes(nheads: int) -> Tensor:

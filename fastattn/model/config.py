@@ -18,7 +18,7 @@ from fastattn.model.weights import ModelFileError, TensorSource
 MAX_INT = 2**31 - 1
 MAX_HEADDIM = 512  # what the attention kernels take
 
-# The names that files use, and ours (blocks.ACTIVATIONS).
+# The names that files use, and ours (fused.ACTIVATIONS).
 ACTIVATION_NAMES = {
     "silu": "silu",
     "swish": "silu",
@@ -83,7 +83,7 @@ class ModelConfig:
     norm_eps: float
     rope: RopeConfig | None  # None: learned absolute positions, or ALiBi
     tie_embeddings: bool  # the LM head is the token embedding
-    activation: str  # a key of blocks.ACTIVATIONS
+    activation: str  # a key of fused.ACTIVATIONS
     bos_id: int | None = None
     eos_ids: tuple[int, ...] = ()
     alibi: bool = False  # scores fall linearly with the distance
