@@ -24,6 +24,7 @@ def write_gguf(path: Path, model) -> None:
     writer = gguf.GGUFWriter(path, gguf.MODEL_ARCH_NAMES[arch])
     nlayers, nheads = config.num_hidden_layers, config.num_attention_heads
     headdim = getattr(config, "head_dim", None) or config.hidden_size // nheads
+    writer.add_tokenizer_model("none")
     writer.add_vocab_size(config.vocab_size)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)

@@ -21,21 +21,24 @@ import torch
 
 OUT = Path(__file__).parent / "data" / "llamacpp_logits.safetensors"
 SEQLEN, GREEDY = 24, 12
-# llama.cpp names GPT-J without running it, and asks for every bias that GPT-NeoX may have.
-LEFT_OUT = ("gptj", "gptj-inner", "gpt_neox-plain")
+# llama.cpp names GPT-J without running it, asks for every bias that GPT-NeoX may have, and reads neither a window nor
+# yarn's betas of Llama.
+LEFT_OUT = ("gptj", "gptj-inner", "gpt_neox-plain", "mistral-window", "llama-yarn-betas")
 
 
 def cases() -> Iterator[tuple[str, Path, float]]:
     """(name, GGUF file, sum of its weights) of every model that the model tests write and llama.cpp can run."""
+    import test_model_gated
     import test_model_gpt
 
+    tables = (test_model_gpt, test_model_gated)
     with tempfile.TemporaryDirectory() as folder:
-        for name in test_model_gpt.GGUF_MODELS:
+        for tests, name in ((table, name) for table in tables for name in table.GGUF_MODELS):
             if name in LEFT_OUT:
                 continue
-            model = test_model_gpt.random_model(name)
+            model = tests.random_model(name)
             path = Path(folder, f"{name}.gguf")
-            test_model_gpt.write_gguf(path, model)
+            tests.write_gguf(path, model)
             yield name, path, weight_sum(model)
 
 

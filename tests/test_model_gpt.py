@@ -16,6 +16,7 @@ pytest.importorskip("safetensors")
 transformers = pytest.importorskip("transformers")
 
 from decoder_checks import (  # noqa: E402, F401  # the tests among them run on the pairs below
+    check_llamacpp,
     one_thread,
     prompt,
     randomised,
@@ -25,8 +26,7 @@ from decoder_checks import (  # noqa: E402, F401  # the tests among them run on 
     test_prefill,
     test_ragged_batch,
 )
-from make_llamacpp_logits import LEFT_OUT, SEQLEN, weight_sum  # noqa: E402
-from make_llamacpp_logits import OUT as LLAMACPP_FIXTURE  # noqa: E402
+from make_llamacpp_logits import LEFT_OUT  # noqa: E402
 
 SIZES = {"vocab_size": 101, "hidden_size": 48, "num_hidden_layers": 2, "eos_token_id": 7, "bos_token_id": 1}
 NEOX = {**SIZES, "num_attention_heads": 4, "intermediate_size": 80, "max_position_embeddings": 64}
@@ -151,26 +151,11 @@ def pair(request, tmp_path_factory):
     return model, decoder
 
 
-@pytest.fixture(scope="module")
-def golden():
-    from safetensors.torch import load_file
-
-    return load_file(LLAMACPP_FIXTURE)
-
-
 @pytest.mark.parametrize("name", [name for name in GGUF_MODELS if name not in LEFT_OUT])
-def test_llamacpp(golden, tmp_path, name):
-    """The logits and the greedy tokens of llama.cpp, which looks GELU up in a table of float16."""
+def test_llamacpp(tmp_path, name):
     model = random_model(name)
-    assert abs(weight_sum(model) - golden[f"{name}.sum"]) < 1e-6, "other weights: run make_llamacpp_logits.py"
     write_gguf(tmp_path / "model.gguf", model)
-    decoder, _ = load_decoder(tmp_path / "model.gguf")
-    cache = decoder.new_cache(1, 64)
-    logits = decoder.forward(prompt(SEQLEN), [SEQLEN], cache, all_logits=True)
-    torch.testing.assert_close(logits, golden[f"{name}.logits"], atol=0.01, rtol=0)
-    for token in golden[f"{name}.greedy"].tolist():
-        assert logits[-1].argmax() == token
-        logits = decoder.forward(torch.tensor([token]), [1], cache)
+    check_llamacpp(name, model, load_decoder(tmp_path / "model.gguf")[0])
 
 
 def edited(path: Path, **values) -> None:
