@@ -16,6 +16,9 @@ from fastattn.model.weights import ModelFileError
 # tokenizer.ggml.token_type
 CONTROL, USER_DEFINED = 3, 4
 
+# Control tokens that end a turn in one chat format or another: they end a text where a file does not say so too.
+TURN_ENDS = ("<end_of_turn>", "<|im_end|>", "<|eot_id|>", "<|eom_id|>")
+
 # How a vocabulary spells bytes; "other" ones only the tokenizers package can decode.
 BYTE_LEVEL, SENTENCEPIECE, OTHER = "byte-level", "sentencepiece", "other"
 
@@ -128,6 +131,7 @@ def from_gguf(path: Path, metadata: dict[str, Any]) -> Vocabulary:
     _add_tokens(fields, backend, tokens)
     bos = _ids(fields, "bos", len(tokens))
     eos = [i for name in ("eos", "eot", "eom") for i in _ids(fields, name, len(tokens))]
+    eos += [i for i in map(backend.token_to_id, TURN_ENDS) if i in backend.get_added_tokens_decoder()]
     has_template = fields.has("tokenizer.chat_template")
     return Vocabulary(
         backend,

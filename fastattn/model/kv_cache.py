@@ -13,7 +13,7 @@ from torch import Tensor
 from fastattn.model.config import ModelConfig
 
 MAX_PAGE = 64  # tokens; the attention kernels' block of keys
-MAX_PIECE = 512  # tokens; long prompts pass through a ring in pieces
+MAX_PIECE = 256  # tokens; long prompts pass through a ring in pieces
 
 
 class Ring:
@@ -30,6 +30,14 @@ class Ring:
         # A token lies where the one before it by so many pages was; the first of a piece looks back by window - 1.
         self.pages = -(-(window - 1 + self.piece) // self.page)  # per row
         self.tokens = self.pages * self.page  # per row
+
+
+def tokens_kept(config: ModelConfig, layer: int, seqlen: int) -> int:
+    """How many tokens' memory this layer takes for a row of ``seqlen``: no more than its ring, in whole pages."""
+    if layer not in config.local_layers:
+        return seqlen
+    ring = Ring(config.window)
+    return min(-(-seqlen // ring.page) * ring.page, ring.tokens)
 
 
 class KVCache:
@@ -122,11 +130,11 @@ class KVCache:
 
     def _allocate(self, layer: int, batch: int, capacity: int) -> Tensor:
         heads, headdim = self.config.nheads_k, self.config.headdim
-        if self.ring is not None and layer in self.config.local_layers:
-            pages = min(-(-capacity // self.ring.page), self.ring.pages)
+        tokens = tokens_kept(self.config, layer, capacity)
+        if layer in self.config.local_layers:
             # Tokens outermost, so that the same memory is a row of tokens and a row of pages.
-            return torch.empty(batch, pages * self.ring.page, heads, headdim, dtype=self.dtype)
-        shape = (batch, heads, capacity, headdim)
+            return torch.empty(batch, tokens, heads, headdim, dtype=self.dtype)
+        shape = (batch, heads, tokens, headdim)
         return torch.empty(shape, dtype=self.dtype).transpose(1, 2)  # (batch, capacity, nheads_k, headdim)
 
     def _grow(self, capacity: int) -> None:
