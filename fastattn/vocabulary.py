@@ -40,8 +40,8 @@ class Vocabulary:
 class PreTokenizer:
     """How text is cut into words before BPE merges within them."""
 
-    pattern: str | None = None  # None: the GPT-2 pattern
-    split_digits: bool = False  # every digit on its own, before the pattern
+    patterns: tuple[str, ...] = ()  # each cuts what the one before left, (): as GPT-2 does
+    split_digits: bool = False  # every digit on its own, before the patterns
     ignore_merges: bool = False  # a word that is a token is that token, whatever the merges say
     add_bos: bool = False  # where the file does not say
 
@@ -55,7 +55,9 @@ def _contractions_words_numbers(numbers: str) -> str:
     )
 
 
-_LLAMA3 = PreTokenizer(_contractions_words_numbers(r"\p{N}{1,3}"), ignore_merges=True, add_bos=True)
+_LLAMA3 = PreTokenizer((_contractions_words_numbers(r"\p{N}{1,3}"),), ignore_merges=True, add_bos=True)
+_GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+_PUNCTUATION = r"[\p{P}$+<=>^~|`]+"
 
 # tokenizer.ggml.pre
 PRE_TOKENIZERS = {
@@ -65,7 +67,11 @@ PRE_TOKENIZERS = {
     "llama-bpe": _LLAMA3,
     "llama-v3": _LLAMA3,
     "llama3": _LLAMA3,
-    "qwen2": PreTokenizer(_contractions_words_numbers(r"\p{N}")),
+    "qwen2": PreTokenizer((_contractions_words_numbers(r"\p{N}"),)),
+    "olmo": PreTokenizer(),  # GPT-NeoX's too
+    "phi-2": PreTokenizer(),
+    "bloom": PreTokenizer((r" ?[^(\s|.,!?…。，、।۔،)]+",)),
+    "falcon": PreTokenizer((_PUNCTUATION, _GPT2, "[0-9]{3}")),
 }
 
 
@@ -150,9 +156,8 @@ def _byte_level(fields: Fields, tokens: list[str], pre: PreTokenizer) -> Any:
     backend = tk.Tokenizer(_bpe(fields, tokens, merges, ignore_merges=pre.ignore_merges))
     pt = tk.pre_tokenizers
     steps = [pt.Digits(individual_digits=True)] if pre.split_digits else []
-    if pre.pattern is not None:
-        steps.append(pt.Split(tk.Regex(pre.pattern), behavior="isolated"))
-    steps.append(pt.ByteLevel(add_prefix_space=False, use_regex=pre.pattern is None))
+    steps += [pt.Split(tk.Regex(pattern), behavior="isolated") for pattern in pre.patterns]
+    steps.append(pt.ByteLevel(add_prefix_space=False, use_regex=not pre.patterns))
     backend.pre_tokenizer = pt.Sequence(steps)
     return backend
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from fastattn.info import describe
 from fastattn.model import ModelFileError, load_decoder
 
 gguf = pytest.importorskip("gguf")
@@ -243,3 +244,35 @@ def test_phi_with_fused_qkv(tmp_path):
     three, one = (load_decoder(tmp_path / f"{name}.gguf")[0] for name in ("three", "one"))
     logits = [d.forward(ids, [20], d.new_cache(1, 20), all_logits=True) for d in (three, one)]
     assert torch.equal(*logits)
+
+
+def test_falcon_of_another_layout(tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        gguf.GGUFWriter,
+        "add_tensor_data_layout",
+        lambda self, layout: self.add_string(
+            gguf.Keys.LLM.TENSOR_DATA_LAYOUT.format(arch=self.arch), "other"
+        ),
+    )
+    write_gguf(tmp_path / "model.gguf", random_model("falcon"))
+    with pytest.raises(
+        ModelFileError, match=r"'falcon.tensor_data_layout': only 'jploski' is supported, got 'other'"
+    ):
+        load_decoder(tmp_path / "model.gguf")
+
+
+@pytest.mark.parametrize(
+    ("name", "positions"),
+    [
+        ("opt", "learned"),
+        ("phi", "rotary, base 10000, 6 dimensions"),
+        ("bloom", "ALiBi"),
+        ("falcon-rw", "ALiBi"),
+    ],
+)
+def test_info(tmp_path, name, positions):
+    model = random_model(name)
+    model.save_pretrained(tmp_path)
+    facts = describe(tmp_path)
+    assert facts["positions"] == positions
+    assert facts["parameters"] == sum(p.numel() for p in model.parameters())
