@@ -126,19 +126,3 @@ def test_bits(pair):
     together = decoder.forward(torch.cat(rows), seqlens, decoder.new_cache(3, 32), all_logits=True)
     torch.set_num_threads(1)
     assert torch.equal(torch.cat(alone), together)
-
-
-def check_llamacpp(name: str, model, decoder) -> None:
-    """The logits and the greedy tokens of llama.cpp, which looks GELU up in a table of float16."""
-    from make_llamacpp_logits import OUT, SEQLEN, weight_sum
-    from safetensors import safe_open
-
-    with safe_open(OUT, framework="pt") as file:
-        logits, greedy, total = (file.get_tensor(f"{name}.{part}") for part in ("logits", "greedy", "sum"))
-    assert abs(weight_sum(model) - total) < 1e-6, "other weights: run make_llamacpp_logits.py"
-    cache = decoder.new_cache(1, 64)
-    ours = decoder.forward(prompt(SEQLEN), [SEQLEN], cache, all_logits=True)
-    torch.testing.assert_close(ours, logits, atol=0.01, rtol=0)
-    for token in greedy.tolist():
-        assert ours[-1].argmax() == token
-        ours = decoder.forward(torch.tensor([token]), [1], cache)

@@ -5,7 +5,7 @@ tests only read what it wrote. A file's weights follow from its name (``decoder_
 write the same file again.
 
 For model NAME:
-    NAME.logits  (seqlen, vocab) float32, of ``decoder_checks.prompt(SEQLEN)``
+    NAME.logits  (KEPT, vocab) float32, of the last tokens of ``decoder_checks.prompt(SEQLEN)``
     NAME.greedy  (GREEDY,) int32, the tokens that follow it
     NAME.sum     () float64, of all weights, to tell a changed random generator from a wrong result
 """
@@ -14,36 +14,30 @@ from __future__ import annotations
 
 import functools
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
+import test_model_gated
+import test_model_gpt
 import torch
+from decoder_checks import prompt
 
 OUT = Path(__file__).parent / "data" / "llamacpp_logits.safetensors"
-SEQLEN, GREEDY = 24, 12
-# llama.cpp names GPT-J without running it, asks for every bias that GPT-NeoX may have, and reads neither a window nor
-# yarn's betas of Llama.
-LEFT_OUT = ("gptj", "gptj-inner", "gpt_neox-plain", "mistral-window", "llama-yarn-betas")
+SEQLEN, KEPT, GREEDY = 24, 12, 12
+# llama.cpp names GPT-J without running it, asks for every bias that GPT-NeoX may have, and knows no window of Llama.
+LEFT_OUT = {"gptj", "gptj-inner", "gpt_neox-plain", "mistral-window"}
+NAMES = [
+    name for name in (*test_model_gpt.GGUF_MODELS, *test_model_gated.GGUF_MODELS) if name not in LEFT_OUT
+]
+
+# Keys of the file that llama.cpp reads of other architectures only.
+SETTINGS = {"llama-yarn": {"yarn_beta_fast": 2.0, "yarn_beta_slow": 0.25}}
 
 
-def cases() -> Iterator[tuple[str, Path, float]]:
-    """(name, GGUF file, sum of its weights) of every model that the model tests write and llama.cpp can run."""
-    import test_model_gated
-    import test_model_gpt
-
-    tables = (test_model_gpt, test_model_gated)
-    with tempfile.TemporaryDirectory() as folder:
-        for tests, name in ((table, name) for table in tables for name in table.GGUF_MODELS):
-            if name in LEFT_OUT:
-                continue
-            model = tests.random_model(name)
-            path = Path(folder, f"{name}.gguf")
-            tests.write_gguf(path, model)
-            yield name, path, weight_sum(model)
-
-
-def weight_sum(model) -> float:
-    """The sum of all weights of a model of transformers."""
+def written(name: str, path: Path) -> float:
+    """The sum of the weights of a model of the model tests, written into a GGUF file as they do."""
+    tests = test_model_gpt if name in test_model_gpt.MODELS else test_model_gated
+    model = tests.random_model(name)
+    tests.write_gguf(path, model)
     return sum(p.double().sum().item() for p in model.parameters())
 
 
@@ -56,7 +50,7 @@ def _silent(c):
 class LlamaCpp:
     """A model in llama.cpp: float32 KV cache, no flash attention, one thread, no tokenizer."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, **settings: float) -> None:
         from llama_cpp import llama_cpp as c
 
         self.c = c
@@ -68,6 +62,8 @@ class LlamaCpp:
         params.n_threads = params.n_threads_batch = 1
         params.type_k = params.type_v = c.GGML_TYPE_F32
         params.flash_attn_type = 0
+        for key, value in settings.items():
+            setattr(params, key, value)
         self.context = c.llama_init_from_model(self.model, params)
         self.vocab = c.llama_vocab_n_tokens(c.llama_model_get_vocab(self.model))
         self.seqlen = 0
@@ -94,21 +90,23 @@ class LlamaCpp:
 
 def main() -> None:
     """Write the fixture."""
-    from decoder_checks import prompt
     from safetensors.torch import save_file
 
     tensors = {}
-    for name, path, total in cases():
-        model = LlamaCpp(path)
-        logits = model(prompt(SEQLEN).tolist())  # (SEQLEN, vocab)
-        tensors[f"{name}.logits"] = logits
-        greedy, last = [], logits[-1]
-        for _ in range(GREEDY):
-            greedy.append(int(last.argmax()))
-            last = model(greedy[-1:])[0]
-        tensors[f"{name}.greedy"] = torch.tensor(greedy, dtype=torch.int32)
-        tensors[f"{name}.sum"] = torch.tensor(total, dtype=torch.float64)
-        print(name, greedy)
+    with tempfile.TemporaryDirectory() as folder:
+        for name in NAMES:
+            path = Path(folder, f"{name}.gguf")
+            total = written(name, path)
+            model = LlamaCpp(path, **SETTINGS.get(name, {}))
+            logits = model(prompt(SEQLEN).tolist())  # (SEQLEN, vocab)
+            greedy, last = [], logits[-1]
+            for _ in range(GREEDY):
+                greedy.append(int(last.argmax()))
+                last = model(greedy[-1:])[0]
+            tensors[f"{name}.logits"] = logits[-KEPT:].clone()
+            tensors[f"{name}.greedy"] = torch.tensor(greedy, dtype=torch.int32)
+            tensors[f"{name}.sum"] = torch.tensor(total, dtype=torch.float64)
+            print(name, greedy)
     save_file(tensors, OUT)
     print(OUT, OUT.stat().st_size, "bytes")
 

@@ -16,7 +16,6 @@ transformers = pytest.importorskip("transformers")
 
 from decoder_checks import (  # noqa: E402, F401  # the tests among them run on the pairs below
     TOLERANCE,
-    check_llamacpp,
     one_thread,
     prompt,
     randomised,
@@ -28,7 +27,6 @@ from decoder_checks import (  # noqa: E402, F401  # the tests among them run on 
     test_ragged_batch,
 )
 from gated_gguf import write_gguf  # noqa: E402
-from make_llamacpp_logits import LEFT_OUT  # noqa: E402
 
 SIZES = {
     "vocab_size": 101,
@@ -48,8 +46,7 @@ def scaled(kind: str, **values) -> dict:
 
 
 LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
-YARN = {"factor": 4.0, "original_max_position_embeddings": 16}
-BETAS = {"beta_fast": 2.0, "beta_slow": 0.25}
+YARN = {"factor": 4.0, "original_max_position_embeddings": 16, "beta_fast": 2.0, "beta_slow": 0.25}
 QWEN_WINDOW = {"use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 1}
 GEMMA = {**SIZES, "head_dim": 16, "sliding_window": WINDOW}
 GEMMA3_LAYERS = ["sliding_attention", "sliding_attention", "full_attention"]
@@ -65,9 +62,8 @@ MODELS = {
     ),
     "llama-linear": lambda: transformers.LlamaConfig(**scaled("linear", factor=4.0)),
     "llama-yarn": lambda: transformers.LlamaConfig(**scaled("yarn", **YARN)),
-    "llama-yarn-betas": lambda: transformers.LlamaConfig(**scaled("yarn", **YARN, **BETAS)),
     "llama-yarn-mscale": lambda: transformers.LlamaConfig(
-        **scaled("yarn", **YARN, **BETAS, mscale=0.7, mscale_all_dim=1.4, truncate=False)
+        **scaled("yarn", **YARN, mscale=0.7, mscale_all_dim=1.4, truncate=False)
     ),
     "llama-headdim": lambda: transformers.LlamaConfig(**SIZES, head_dim=16),
     "llama-bias": lambda: transformers.LlamaConfig(**SIZES, attention_bias=True, mlp_bias=True),
@@ -141,11 +137,6 @@ def run(decoder, rows, pieces, cache=None):
         for row, part in zip(logits, flat.split(seqlens)):
             row.append(part)
     return [torch.cat(row) for row in logits]
-
-
-@pytest.mark.parametrize("name", [name for name in GGUF_MODELS if name not in LEFT_OUT])
-def test_llamacpp(tmp_path, name):
-    check_llamacpp(name, *load(name, "gguf", tmp_path))
 
 
 def test_window_keeps_its_bits(windowed):

@@ -17,7 +17,6 @@ pytest.importorskip("safetensors")
 transformers = pytest.importorskip("transformers")
 
 from decoder_checks import (  # noqa: E402, F401  # the tests among them run on the pairs below
-    check_llamacpp,
     one_thread,
     prompt,
     randomised,
@@ -27,7 +26,6 @@ from decoder_checks import (  # noqa: E402, F401  # the tests among them run on 
     test_prefill,
     test_ragged_batch,
 )
-from make_llamacpp_logits import LEFT_OUT  # noqa: E402
 
 SIZES = {"vocab_size": 101, "hidden_size": 48, "num_hidden_layers": 2, "eos_token_id": 7, "bos_token_id": 1}
 NEOX = {**SIZES, "num_attention_heads": 4, "intermediate_size": 80, "max_position_embeddings": 64}
@@ -150,13 +148,6 @@ def pair(request, tmp_path_factory):
     assert file.kind == kind
     assert decoder.config.eos_ids == (7,)
     return model, decoder
-
-
-@pytest.mark.parametrize("name", [name for name in GGUF_MODELS if name not in LEFT_OUT])
-def test_llamacpp(tmp_path, name):
-    model = random_model(name)
-    write_gguf(tmp_path / "model.gguf", model)
-    check_llamacpp(name, model, load_decoder(tmp_path / "model.gguf")[0])
 
 
 def edited(path: Path, **values) -> None:
