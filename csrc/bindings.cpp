@@ -91,16 +91,19 @@ void rms_norm(uintptr_t x, int64_t stride_x, uintptr_t weight, uintptr_t out, in
   kernels().rms_norm(p);
 }
 
-void silu_mul(uintptr_t gate_up, int64_t stride_gate_up, uintptr_t out, int64_t tokens, int64_t ffn, int nthreads) {
-  SiluMulParams p{};
-  p.gate_up = pointer<const float>(gate_up);
+void activate(uintptr_t x, int64_t stride_x, uintptr_t out, int64_t tokens, int64_t ffn, int kind, bool gated,
+              int nthreads) {
+  ActivateParams p{};
+  p.x = pointer<const float>(x);
   p.out = pointer<float>(out);
-  p.stride_gate_up = stride_gate_up;
+  p.stride_x = stride_x;
   p.tokens = tokens;
   p.ffn = ffn;
+  p.kind = static_cast<Activation>(kind);
+  p.gated = gated;
   p.nthreads = nthreads;
   py::gil_scoped_release release;
-  kernels().silu_mul(p);
+  kernels().activate(p);
 }
 
 // A parameter of sample: a number for all rows, or (address,) of one per row. `number` must outlive the call.
@@ -223,5 +226,5 @@ PYBIND11_MODULE(_C, m) {
     return kernels().max_loop(pointer<const float>(data), floats);
   });
   m.def("rms_norm", &rms_norm);
-  m.def("silu_mul", &silu_mul);
+  m.def("activate", &activate);
 }

@@ -42,7 +42,9 @@ def linear(
 def rms_norm(
     x: int, stride_x: int, weight: int, out: int, tokens: int, hidden: int, eps: float, nthreads: int
 ) -> None: ...
-def silu_mul(gate_up: int, stride_gate_up: int, out: int, tokens: int, ffn: int, nthreads: int) -> None: ...
+def activate(
+    x: int, stride_x: int, out: int, tokens: int, ffn: int, kind: int, gated: bool, nthreads: int
+) -> None: ...
 def sample(
     logits: int, stride_batch: int, batch: int, vocab: int, dtype: int, temperature: _PerRow, top_k: _PerRow,
     top_p: _PerRow, min_p: _PerRow, seeds: _PerRow, positions: _PerRow, edits: tuple[object, ...] | None,

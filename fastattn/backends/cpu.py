@@ -67,6 +67,7 @@ plain_attention = plain_kvcache = plain_sdpa = None
 if _C is not None and _ISA_ERROR is None and _C.bind_tensor(Tensor, torch.nn.Parameter, torch.empty_like):
     plain_attention, plain_kvcache, plain_sdpa = _C.plain_attention, _C.plain_kvcache, _C.plain_sdpa
 
+_ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3}  # csrc/params.h, Activation
 _FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # what kernels that compute in float read
 _ATTENTION_DTYPES = (*_FLOAT_DTYPES, torch.float64)
 _MAX_VOCAB = 1 << 22  # csrc/params.h, kMaxVocab
@@ -253,10 +254,11 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return out
 
 
-def silu_mul(gate_up: Tensor) -> Tensor:
-    """``gate_up (tokens, 2 * ffn)`` float32 to (tokens, ffn) float32."""
-    gate_up = unit_stride(gate_up)
-    tokens, ffn = gate_up.shape[0], gate_up.shape[1] // 2
+def activate(x: Tensor, kind: str, gated: bool) -> Tensor:
+    """``x (tokens, ffn)``, or if gated ``(tokens, 2 * ffn)``, float32 to (tokens, ffn) float32."""
+    x = unit_stride(x)
+    tokens, ffn = x.shape[0], x.shape[1] // 2 if gated else x.shape[1]
     out = torch.empty((tokens, ffn), dtype=torch.float32)
-    _C.silu_mul(gate_up.data_ptr(), gate_up.stride(0), out.data_ptr(), tokens, ffn, torch.get_num_threads())
+    threads = torch.get_num_threads()
+    _C.activate(x.data_ptr(), x.stride(0), out.data_ptr(), tokens, ffn, _ACTIVATIONS[kind], gated, threads)
     return out
