@@ -12,6 +12,7 @@ import torch
 from fastattn.generate import LLM
 from fastattn.model import ModelFileError, RopeScaling, load_decoder
 from fastattn.model.config import Fields
+from fastattn.model.gemma2 import gguf_window
 from fastattn.model.kv_cache import Ring
 from fastattn.model.rope import read_gguf_rope
 
@@ -347,6 +348,24 @@ def test_gguf_rope():
         read(type="longrope")
     with pytest.raises(ModelFileError, match=r"yarn_ext_factor': only 1.0 is supported, got 0.5"):
         read(**yarn, yarn_ext_factor=0.5)
+
+
+def test_gguf_window():
+    """A pattern is a number, or a list that says it of every layer; without a window there is none."""
+
+    def read(**values):
+        keys = {f"gemma3.{key}": value for key, value in values.items()}
+        return gguf_window("gemma3", Fields(Path("tiny.gguf"), {**keys, "gemma3.block_count": 7}), 6, None)
+
+    window, pattern = "attention.sliding_window", "attention.sliding_window_pattern"
+    assert read() == {}
+    assert read(**{window: 512}) == {"window": 512, "local_layers": (0, 1, 2, 3, 4, 6)}
+    assert read(**{window: 512, pattern: 2})["local_layers"] == (0, 2, 4, 6)
+    listed = [True, False, False, True, False, False, False]
+    assert read(**{window: 512, pattern: listed})["local_layers"] == (0, 3)
+    for broken in (listed[:6], [*listed[:6], "yes"]):
+        with pytest.raises(ModelFileError, match="expected a bool for each of the 7 layers"):
+            read(**{window: 512, pattern: broken})
 
 
 def test_missing_parts(tmp_path):
