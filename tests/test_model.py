@@ -28,6 +28,7 @@ from decoder_checks import (  # noqa: E402, F401  # the tests among them run on 
     test_prefill,
     test_ragged_batch,
 )
+from gated_gguf import write_gguf  # noqa: E402
 from make_smollm2_logits import OUT as SMOLLM2_FIXTURE  # noqa: E402
 from make_smollm2_logits import smollm2_path  # noqa: E402
 
@@ -43,25 +44,10 @@ LLAMA = {
     "eos_token_id": [7, 9],
 }
 GPT2 = {"vocab_size": 101, "n_embd": 48, "n_layer": 3, "n_head": 4, "n_positions": 64, "eos_token_id": 7}
-LLAMA3_ROPE = {
-    "rope_type": "llama3",
-    "rope_theta": 500.0,
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 32,
-}
-
 MODELS = {
     "llama": lambda: transformers.LlamaConfig(**LLAMA),
     "llama-tied": lambda: transformers.LlamaConfig(**LLAMA, tie_word_embeddings=True),
-    "llama-rope3": lambda: transformers.LlamaConfig(**LLAMA, rope_parameters=LLAMA3_ROPE),
-    "llama-linear": lambda: transformers.LlamaConfig(
-        **LLAMA, rope_parameters={"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}
-    ),
-    "llama-headdim": lambda: transformers.LlamaConfig(**LLAMA, head_dim=16),
     "llama-bias": lambda: transformers.LlamaConfig(**LLAMA, attention_bias=True, mlp_bias=True),
-    "mistral": lambda: transformers.MistralConfig(**LLAMA, sliding_window=None),
     "gpt2": lambda: transformers.GPT2Config(**GPT2),
     "gpt2-untied": lambda: transformers.GPT2Config(**GPT2, n_inner=80, tie_word_embeddings=False),
 }
@@ -72,55 +58,25 @@ def random_model(name: str):
     return randomised(MODELS[name](), name)
 
 
-def write_gguf(path: Path, model) -> None:
+def write_gpt2(path: Path, model) -> None:
     """What llama.cpp's converter would write, by the gguf package's own table of names."""
     config = model.config
-    is_llama = config.model_type != "gpt2"
-    writer = gguf.GGUFWriter(path, "llama" if is_llama else "gpt2")
-    nlayers, nheads = config.num_hidden_layers, config.num_attention_heads
+    writer = gguf.GGUFWriter(path, "gpt2")
     writer.add_vocab_size(config.vocab_size)
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_block_count(nlayers)
-    writer.add_head_count(nheads)
+    writer.add_context_length(config.n_positions)
+    writer.add_embedding_length(config.n_embd)
+    writer.add_block_count(config.n_layer)
+    writer.add_head_count(config.n_head)
     writer.add_eos_token_id(7)
-    if is_llama:
-        writer.add_feed_forward_length(config.intermediate_size)
-        writer.add_head_count_kv(config.num_key_value_heads)
-        writer.add_key_length(config.head_dim)
-        writer.add_value_length(config.head_dim)
-        writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-        writer.add_rope_dimension_count(config.head_dim)
-        rope = config.rope_parameters
-        writer.add_rope_freq_base(rope["rope_theta"])
-        if rope["rope_type"] == "linear":
-            writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
-            writer.add_rope_scaling_factor(rope["factor"])
-        if rope["rope_type"] == "llama3":
-            pairs = torch.arange(0, config.head_dim, 2) / config.head_dim
-            factors = rope["rope_theta"] ** -pairs / model.model.rotary_emb.inv_freq
-            writer.add_tensor("rope_freqs.weight", factors.numpy())
-    else:
-        writer.add_feed_forward_length(config.n_inner or 4 * config.n_embd)
-        writer.add_layer_norm_eps(config.layer_norm_epsilon)
-
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA if is_llama else gguf.MODEL_ARCH.GPT2, nlayers)
+    writer.add_feed_forward_length(config.n_inner or 4 * config.n_embd)
+    writer.add_layer_norm_eps(config.layer_norm_epsilon)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.GPT2, config.n_layer)
     for key, weight in model.state_dict().items():
         if key == "lm_head.weight" and config.tie_word_embeddings:
             continue
-        if ".q_proj." in key or ".k_proj." in key:  # halves become neighbouring pairs
-            heads = nheads if "q_proj" in key else config.num_key_value_heads
-            weight = weight.view(heads, 2, -1, *weight.shape[1:]).transpose(1, 2).reshape(weight.shape)
-        if (
-            not is_llama
-            and weight.dim() == 2
-            and "wte" not in key
-            and "wpe" not in key
-            and "lm_head" not in key
-        ):
-            weight = weight.T  # Conv1D
+        is_conv1d = ".h." in key and weight.dim() == 2
         name = names.get_name(key, try_suffixes=(".weight", ".bias"))
-        writer.add_tensor(name, weight.contiguous().numpy())
+        writer.add_tensor(name, (weight.T if is_conv1d else weight).contiguous().numpy())
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -138,7 +94,7 @@ def pair(request, tmp_path_factory):
         model.save_pretrained(path, max_shard_size="20kB" if "tied" in name else "1GB")
     else:
         path = path / "model.gguf"
-        write_gguf(path, model)
+        (write_gpt2 if name.startswith("gpt2") else write_gguf)(path, model)
     decoder, file = load_decoder(path)
     assert file.kind == kind
     assert file.nbytes > 10_000

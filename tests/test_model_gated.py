@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import json
+import math
+from pathlib import Path
 
 import pytest
 import torch
 
-from fastattn.model import ModelFileError, load_decoder
+from fastattn.generate import LLM
+from fastattn.model import ModelFileError, RopeScaling, load_decoder
+from fastattn.model.config import Fields
+from fastattn.model.gemma2 import gguf_window
 from fastattn.model.kv_cache import Ring
+from fastattn.model.rope import read_gguf_rope
 
 pytest.importorskip("gguf")
 pytest.importorskip("safetensors")
@@ -27,6 +33,7 @@ from decoder_checks import (  # noqa: E402, F401  # the tests among them run on 
     test_ragged_batch,
 )
 from gated_gguf import write_gguf  # noqa: E402
+from tiny_vocabulary import tiny_tokenizer  # noqa: E402
 
 SIZES = {
     "vocab_size": 101,
@@ -195,6 +202,25 @@ def test_rewind(windowed):
     assert torch.equal(logits[5:], run(windowed, [ids[:54]], 54)[0][50:])
 
 
+def test_conversation(tmp_path):
+    """What a turn reads again beyond the window's reach is read from the start: the answer is that of a new chat."""
+    tokenizer = tiny_tokenizer()
+    sizes = {**SIZES, "vocab_size": tokenizer.vocab_size, "max_position_embeddings": 512}
+    randomised(transformers.MistralConfig(**sizes, sliding_window=WINDOW), "mistral").save_pretrained(
+        tmp_path
+    )
+    llm = LLM(load_decoder(tmp_path)[0], tokenizer)
+    options = {"max_new_tokens": 30, "temperature": 0, "ignore_eos": True}
+    talk = llm.conversation()
+    for text in ("hello", "hello world", "12345"):
+        stream = talk.send(text, **options)
+        asked = talk.messages[:-1]
+        answer = "".join(stream)
+        fresh = llm.chat(asked, **options)
+        assert (answer, stream.completion.token_ids) == (fresh.text, fresh.token_ids)
+    assert stream.row.cached == 0  # bytes that are no text are other tokens when they are read again
+
+
 def test_dynamic(tmp_path):
     """Beyond the trained length every token turns as transformers turns it when it decodes with its cache."""
     config = transformers.LlamaConfig(**{**scaled("dynamic", factor=3.0), "max_position_embeddings": 24})
@@ -300,6 +326,46 @@ def test_rope_errors(tmp_path):
         edit(tmp_path, rope_parameters=rope)
         with pytest.raises(ModelFileError, match=message):
             load_decoder(tmp_path)
+
+
+def test_gguf_rope():
+    """What llama.cpp makes of the keys."""
+
+    def read(**scaling):
+        values = {f"llama.rope.scaling.{key}": value for key, value in scaling.items()}
+        fields = Fields(Path("tiny.gguf"), {**values, "llama.context_length": 4096})
+        return read_gguf_rope(fields, "llama", 8).scaling
+
+    assert read() is read(type="none") is None
+    assert read(factor=2.0) == read(type="linear", factor=2.0) == RopeScaling("linear", 2.0)
+    yarn = {"type": "yarn", "factor": 4.0}
+    sharper = 1 + 0.1 * math.log(4)
+    assert read(**yarn) == RopeScaling("yarn", 4.0, 4096, attention_factor=sharper)
+    assert read(**yarn, attn_factor=0.5).attention_factor == 0.5 * sharper
+    assert read(**yarn, yarn_log_multiplier=1.0).attention_factor == 1.0
+    assert read(**yarn, original_context_length=512, yarn_beta_fast=8.0).original_max_seqlen == 512
+    with pytest.raises(ModelFileError, match="'longrope' is not supported; none, linear, yarn are"):
+        read(type="longrope")
+    with pytest.raises(ModelFileError, match=r"yarn_ext_factor': only 1.0 is supported, got 0.5"):
+        read(**yarn, yarn_ext_factor=0.5)
+
+
+def test_gguf_window():
+    """A pattern is a number, or a list that says it of every layer; without a window there is none."""
+
+    def read(**values):
+        keys = {f"gemma3.{key}": value for key, value in values.items()}
+        return gguf_window("gemma3", Fields(Path("tiny.gguf"), {**keys, "gemma3.block_count": 7}), 6, None)
+
+    window, pattern = "attention.sliding_window", "attention.sliding_window_pattern"
+    assert read() == {}
+    assert read(**{window: 512}) == {"window": 512, "local_layers": (0, 1, 2, 3, 4, 6)}
+    assert read(**{window: 512, pattern: 2})["local_layers"] == (0, 2, 4, 6)
+    listed = [True, False, False, True, False, False, False]
+    assert read(**{window: 512, pattern: listed})["local_layers"] == (0, 3)
+    for broken in (listed[:6], [*listed[:6], "yes"]):
+        with pytest.raises(ModelFileError, match="expected a bool for each of the 7 layers"):
+            read(**{window: 512, pattern: broken})
 
 
 def test_missing_parts(tmp_path):

@@ -121,7 +121,7 @@ class Step:
     runs: list[Run]
     seqlens: Tensor  # (batch,) int32, tokens per row before it
     longest: int  # tokens of the longest row after it
-    block_table: Tensor | None  # (batch, max_blocks) int32, pages of the layers with a window (KVCache)
+    block_table: Tensor | None  # (batch, max_blocks) int32, of the layers with a window (KVCache.pages)
 
 
 class Attention:
@@ -321,7 +321,7 @@ class Decoder:
         cache.reserve(max(ends))
 
         x = self._embed(token_ids, starts, ends)  # (total, hidden)
-        step = Step(split_runs(seqlens), cache.seqlens, max(ends), cache.block_table)
+        step = Step(split_runs(seqlens), cache.seqlens, max(ends), cache.pages(max(ends)))
         for layer, k_cache, v_cache in zip(self.layers, cache.k, cache.v):
             x = layer(x, step, k_cache, v_cache)
         cache.advance(ends)

@@ -10,7 +10,7 @@ import math
 from typing import Any
 
 from fastattn.model import gated
-from fastattn.model.config import Fields, ModelConfig, read_activation
+from fastattn.model.config import Fields, ModelConfig, read_activation, shown
 from fastattn.model.gated import HF_PREFIX, HF_TRANSPOSED, IGNORED, build
 from fastattn.model.weights import TensorSource
 
@@ -94,8 +94,8 @@ def gguf_window(name: str, fields: Fields, pattern: int, default: int | None) ->
     nlayers, key = fields.integer(f"{name}.block_count"), f"{name}.attention.sliding_window_pattern"
     listed = fields.values.get(key)
     if isinstance(listed, list):
-        if len(listed) != nlayers:
-            fields.fail(key, f"expected one for each of the {nlayers} layers, got {len(listed)}")
+        if len(listed) != nlayers or not all(isinstance(is_local, bool) for is_local in listed):
+            fields.fail(key, f"expected a bool for each of the {nlayers} layers, got {shown(listed)}")
         local = tuple(i for i, is_local in enumerate(listed) if is_local)
     else:
         local = local_layers(nlayers, fields.integer(key, pattern))

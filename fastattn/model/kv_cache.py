@@ -96,6 +96,11 @@ class KVCache:
         if capacity > self.capacity:
             self._grow(max(capacity, min(2 * self.capacity, self.config.max_seqlen)))
 
+    def pages(self, seqlen: int) -> Tensor | None:
+        """``block_table`` if rows of up to ``seqlen`` tokens need it; None where token t still lies at t."""
+        rolls = self.ring is not None and seqlen > self.ring.tokens
+        return self.block_table if rolls else None
+
     def advance(self, seqlens: list[int]) -> None:
         """The rows hold so many tokens now; they have been written."""
         self.seqlens = torch.tensor(seqlens, dtype=torch.int32)  # (batch,)

@@ -31,8 +31,7 @@ class Rotary:
         self.config = config
         self.factors = None if factors is None else factors.double()  # (rotary_dim / 2,)
         self.cos = self.sin = torch.empty(0, config.rotary_dim // 2)  # (positions, rotary_dim / 2)
-        # A longer prompt would turn every key by its own length, as transformers does, and so depend on how it is
-        # cut into pieces; keys that are in the cache keep the turn they have.
+        # transformers turns all of a longer prompt by its whole length: text would depend on how it came in pieces.
         scaling = config.scaling
         self.prompt_limit = MAX_INT
         if scaling is not None and scaling.kind == "dynamic":
