@@ -12,7 +12,7 @@ _PerRow = float | tuple[int]  # a number, or (address,) of one per row
 def isas() -> list[str]: ...
 def isa() -> str: ...
 def select_isa(name: str) -> None: ...
-def bind_tensor(tensor: type, parameter: type, empty_like: object) -> bool: ...
+def bind_tensor(tensor: type, parameter: type, empty_like: object, empty_tokens: object) -> bool: ...
 def plain_attention(
     q: Tensor, k: Tensor, v: Tensor, causal: bool, softmax_scale: float | None, nthreads: int
 ) -> Tensor | None: ...
@@ -20,6 +20,11 @@ def plain_kvcache(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, k: Tensor | None, v: Tensor | None,
     cache_seqlens: int | Tensor | None, rotary_cos: Tensor | None, rotary_sin: Tensor | None,
     rotary_interleaved: bool, causal: bool, softmax_scale: float | None, nthreads: int,
+) -> Tensor | None: ...  # fmt: skip
+def plain_sample(
+    logits: Tensor, temperature: object, top_k: object, top_p: object, min_p: object, seeds: object, positions: object,
+    repetition_penalty: object, presence_penalty: object, frequency_penalty: object, token_counts: object,
+    prompt_mask: object, logit_bias: object, allowed: object, nthreads: int,
 ) -> Tensor | None: ...  # fmt: skip
 def plain_sdpa(
     q: Tensor, k: Tensor, v: Tensor, is_causal: bool, scale: float | None, nthreads: int, enable_gqa: bool

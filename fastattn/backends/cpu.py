@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -52,9 +53,15 @@ if _C is not None:
 
 # The quick ways in for plain calls, csrc/plain_attention.cpp: None where there are none; None is also what they answer
 # to other calls.
-plain_attention = plain_kvcache = plain_sdpa = None
-if _C is not None and _ISA_ERROR is None and _C.bind_tensor(Tensor, torch.nn.Parameter, torch.empty_like):
+plain_attention = plain_kvcache = plain_sample = plain_sdpa = None
+_EMPTY_TOKENS = partial(torch.empty, dtype=torch.int64)
+if (
+    _C is not None
+    and _ISA_ERROR is None
+    and _C.bind_tensor(Tensor, torch.nn.Parameter, torch.empty_like, _EMPTY_TOKENS)
+):
     plain_attention, plain_kvcache, plain_sdpa = _C.plain_attention, _C.plain_kvcache, _C.plain_sdpa
+    plain_sample = _C.plain_sample
 
 _DTYPES = {
     torch.float32: 0,
