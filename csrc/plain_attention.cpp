@@ -11,9 +11,9 @@
 namespace fastattn {
 namespace {
 
-// bind_tensor(Tensor, Parameter, empty_like, empty_tokens) -> bool: whether this torch publishes the API.
+// bind_tensor(Tensor, Parameter, empty_like, empty_tokens, empty_floats) -> bool: whether this torch publishes the API.
 PyObject* bind_tensor(PyObject*, PyObject* const* args, Py_ssize_t n) {
-  if (n != 4) return PyErr_Format(PyExc_TypeError, "bind_tensor: expected 4 arguments, got %zd", n);
+  if (n != 5) return PyErr_Format(PyExc_TypeError, "bind_tensor: expected 5 arguments, got %zd", n);
   Binding& b = binding();
   PyObject* capsule = PyObject_GetAttrString(args[0], "__dlpack_c_exchange_api__");
   const auto* exchange =
@@ -25,6 +25,7 @@ PyObject* bind_tensor(PyObject*, PyObject* const* args, Py_ssize_t n) {
   b.parameter = reinterpret_cast<PyTypeObject*>(Py_NewRef(args[1]));
   b.empty_like = Py_NewRef(args[2]);
   b.empty_tokens = Py_NewRef(args[3]);
+  b.empty_floats = Py_NewRef(args[4]);
   b.exchange = exchange;
   Py_RETURN_TRUE;
 }

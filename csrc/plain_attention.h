@@ -11,8 +11,9 @@ namespace fastattn {
 PyObject* plain_kvcache(PyObject*, PyObject* const* args, Py_ssize_t n);
 
 // plain_sample(logits, temperature, top_k, top_p, min_p, seeds, positions, repetition_penalty, presence_penalty,
-// frequency_penalty, token_counts, prompt_mask, logit_bias, allowed, nthreads) -> tokens (batch,) int64, or None where
-// this is not for here. TokenCounts come as (vocab, ids, counts, lengths).
+// frequency_penalty, token_counts, prompt_mask, logit_bias, allowed, return_logprobs, nthreads) -> tokens (batch,)
+// int64, with n = return_logprobs > 0 a tuple of them, logprobs (batch,), top_ids (batch, n) and top_logprobs
+// (batch, n); or None where this is not for here. TokenCounts come as (vocab, ids, counts, lengths, unseen).
 PyObject* plain_sample(PyObject*, PyObject* const* args, Py_ssize_t n);
 
 extern PyMethodDef plain_attention_methods[];

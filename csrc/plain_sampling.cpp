@@ -30,6 +30,7 @@ enum Arg {
   kPrompt,
   kBias,
   kAllowed,
+  kLogprobs,
   kNthreads,
   kArgs
 };
@@ -114,17 +115,18 @@ bool read_per_token(PyObject* x, uint8_t code, int64_t batch, int64_t size, Rows
   return read_tensor(x, &t) && has_dtype(t, code, 8 * sizeof(T)) && read_per_token(t, batch, size, out);
 }
 
-// TokenCounts as (vocab, ids, counts, lengths), or a dense tensor of counts.
+// TokenCounts as (vocab, ids, counts, lengths, unseen), or a dense tensor of counts.
 bool read_counts(PyObject* x, int64_t batch, int64_t vocab, LogitEdits* edits) {
   if (!PyTuple_CheckExact(x)) return read_per_token(x, kDLInt, batch, vocab, &edits->counts);
   DLTensor ids, counts, lengths;
-  if (PyTuple_GET_SIZE(x) != 4 || PyLong_AsLongLong(PyTuple_GET_ITEM(x, 0)) != vocab ||
+  if (PyTuple_GET_SIZE(x) != 5 || PyLong_AsLongLong(PyTuple_GET_ITEM(x, 0)) != vocab ||
       !read_tensor(PyTuple_GET_ITEM(x, 1), &ids) || !read_tensor(PyTuple_GET_ITEM(x, 2), &counts) ||
       !read_tensor(PyTuple_GET_ITEM(x, 3), &lengths) || ids.ndim != 2 || counts.ndim != 2 || !is_vector(lengths, batch))
     return false;
   edits->seen_n = static_cast<const int32_t*>(data_of(lengths));
   return read_per_token(ids, batch, ids.shape[1], &edits->seen_ids) &&
-         read_per_token(counts, batch, ids.shape[1], &edits->seen_counts);
+         read_per_token(counts, batch, ids.shape[1], &edits->seen_counts) &&
+         read_per_token(PyTuple_GET_ITEM(x, 4), kDLUInt, batch, unseen_bytes(vocab), &edits->unseen);
 }
 
 bool read_bias(PyObject* x, int64_t batch, int64_t vocab, LogitEdits* edits) {
@@ -207,6 +209,40 @@ bool draw_seeds(PyObject* tensor) {
   return done != nullptr;
 }
 
+// What comes beside the tokens where log-probabilities are wanted.
+struct Logprobs {
+  PyObject *drawn = nullptr, *ids = nullptr, *best = nullptr;
+
+  Logprobs() = default;
+  Logprobs(const Logprobs&) = delete;
+  Logprobs& operator=(const Logprobs&) = delete;
+  ~Logprobs() {
+    Py_XDECREF(drawn);
+    Py_XDECREF(ids);
+    Py_XDECREF(best);
+  }
+
+  // Room for n of the best; false where the call is not plain, perhaps with an exception set.
+  bool make(PyObject* wanted, SamplingParams* p) {
+    const Binding& b = binding();
+    if (!as_number(wanted, &p->best) || p->best < 0 || p->best > p->vocab) return false;
+    if (p->best == 0) return true;
+    PyObject *rows = PyLong_FromLongLong(p->batch), *columns = wanted;
+    DLTensor views[3];
+    drawn = PyObject_CallOneArg(b.empty_floats, rows);
+    ids = PyObject_CallFunctionObjArgs(b.empty_tokens, rows, columns, nullptr);
+    best = PyObject_CallFunctionObjArgs(b.empty_floats, rows, columns, nullptr);
+    Py_DECREF(rows);
+    int i = 0;
+    for (PyObject* made : {drawn, ids, best})
+      if (!made || !read_tensor(made, &views[i++])) return false;
+    p->logprobs = static_cast<float*>(data_of(views[0]));
+    p->best_ids = static_cast<int64_t*>(data_of(views[1]));
+    p->best_logprobs = static_cast<float*>(data_of(views[2]));
+    return true;
+  }
+};
+
 // The tokens; null where the call is not plain, a row cannot be drawn from, or Python has an exception set.
 PyObject* draw(PyObject* const* args) {
   SamplingParams p{};
@@ -236,6 +272,8 @@ PyObject* draw(PyObject* const* args) {
   p.batch = batch;
   p.vocab = vocab;
   p.nthreads = static_cast<int>(PyLong_AsLong(args[kNthreads]));
+  Logprobs logprobs;
+  if (!logprobs.make(args[kLogprobs], &p)) return nullptr;
   PyObject* tokens = make_tokens(batch, &out);
   if (!tokens) return nullptr;
   p.tokens = static_cast<int64_t*>(data_of(out));
@@ -250,9 +288,10 @@ PyObject* draw(PyObject* const* args) {
     Py_END_ALLOW_THREADS;
     for (int64_t row = 0; row < batch; ++row) drawn = drawn && p.tokens[row] >= 0;
   }
-  if (drawn) return tokens;
+  PyObject* result = nullptr;
+  if (drawn) result = p.best ? PyTuple_Pack(4, tokens, logprobs.drawn, logprobs.ids, logprobs.best) : Py_NewRef(tokens);
   Py_DECREF(tokens);
-  return nullptr;
+  return result;
 }
 
 }  // namespace

@@ -42,7 +42,7 @@ struct DLExchange {
   void* current_stream;
 };
 constexpr int32_t kDLCpu = 1;
-constexpr uint8_t kDLInt = 0, kDLFloat = 2, kDLBfloat = 4, kDLBool = 6;
+constexpr uint8_t kDLInt = 0, kDLUInt = 1, kDLFloat = 2, kDLBfloat = 4, kDLBool = 6;
 constexpr int64_t kMaxHeaddim = 512;
 
 // What the module learns once, in bind_tensor.
@@ -51,7 +51,8 @@ struct Binding {
   PyTypeObject* tensor = nullptr;
   PyTypeObject* parameter = nullptr;
   PyObject* empty_like = nullptr;
-  PyObject* empty_tokens = nullptr;  // of a number: a tensor (number,) int64
+  PyObject* empty_tokens = nullptr;  // of sizes: an int64 tensor
+  PyObject* empty_floats = nullptr;  // the same, float32
   PyObject* tokens = nullptr;        // the last that it made, of this many
   int64_t tokens_batch = 0;
   PyObject* requires_grad = PyUnicode_InternFromString("requires_grad");

@@ -185,6 +185,35 @@ def test_rows_are_independent_of_batch_and_threads(isa: str, threads: None) -> N
     assert torch.equal(reference.tokens, made)
 
 
+@pytest.mark.parametrize("vocab", [1, 7, 33, 1000, 40_003])
+@pytest.mark.parametrize(
+    ("draft", "target"),
+    [
+        (torch.float32, torch.float32), (torch.bfloat16, torch.bfloat16), (torch.float16, torch.float16),
+        (torch.float32, torch.float16), (torch.float64, torch.float32),
+    ],
+)  # fmt: skip
+def test_the_kernel_does_what_the_definition_says(
+    isa: str, vocab: int, draft: torch.dtype, target: torch.dtype
+) -> None:
+    inputs = call(12, n=3, vocab=vocab)
+    inputs["draft_probs"] = (3 * inputs["draft_probs"]).to(draft)
+    inputs["draft_probs"].scatter_(2, inputs["draft_tokens"][..., None], 0.2)  # accepted or not, by chance
+    inputs["target_probs"] = inputs["target_probs"].to(target)
+    inputs["target_probs"][:, :, ::2] *= 0.5
+    expected = speculative_sample(**inputs, backend="reference")
+    assert vocab == 1 or len(expected.accepted.unique()) > 2
+    strided = {  # rows apart, the vocabulary apart, a tensor that repeats
+        "draft_probs": inputs["draft_probs"].repeat(1, 1, 2)[:, :, :vocab],
+        "target_probs": inputs["target_probs"].transpose(1, 2).contiguous().transpose(1, 2),
+        "draft_tokens": inputs["draft_tokens"].int().t().contiguous().t(),
+    }
+    for changes in ({}, strided):
+        made = speculative_sample(**(inputs | changes))
+        assert torch.equal(made.tokens, expected.tokens)
+        assert torch.equal(made.accepted, expected.accepted)
+
+
 def test_numbers_stand_for_every_row() -> None:
     inputs = call(5) | {"seeds": 9, "positions": 3}
     same = inputs | {"seeds": torch.full((5,), 9), "positions": torch.full((5,), 3)}

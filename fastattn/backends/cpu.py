@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fastattn.backends.cpu_gradients import bias_gradient, bias_sums, broadcast_strides, sinks_gradient
-from fastattn.backends.cpu_sampling import sample, survivors
+from fastattn.backends.cpu_sampling import sample, speculative_sample, survivors
 
 try:
     from fastattn import _C
@@ -31,6 +31,7 @@ __all__ = [
     "attention",
     "attention_backward",
     "sample",
+    "speculative_sample",
     "supports",
     "survivors",
     "unavailable",
@@ -54,11 +55,11 @@ if _C is not None:
 # The quick ways in for plain calls, csrc/plain_attention.cpp: None where there are none; None is also what they answer
 # to other calls.
 plain_attention = plain_kvcache = plain_sample = plain_sdpa = None
-_EMPTY_TOKENS = partial(torch.empty, dtype=torch.int64)
+_EMPTY_TOKENS, _EMPTY_FLOATS = (partial(torch.empty, dtype=dtype) for dtype in (torch.int64, torch.float32))
 if (
     _C is not None
     and _ISA_ERROR is None
-    and _C.bind_tensor(Tensor, torch.nn.Parameter, torch.empty_like, _EMPTY_TOKENS)
+    and _C.bind_tensor(Tensor, torch.nn.Parameter, torch.empty_like, _EMPTY_TOKENS, _EMPTY_FLOATS)
 ):
     plain_attention, plain_kvcache, plain_sdpa = _C.plain_attention, _C.plain_kvcache, _C.plain_sdpa
     plain_sample = _C.plain_sample

@@ -97,23 +97,17 @@ def sample(
         TypeError: a wrong dtype.
         NotImplementedError: the forced backend, or every backend, lacks a feature of this call.
     """
-    if (
-        plain_sample is not None
-        and backend in ("auto", "cpu")
-        and type(return_logprobs) is int
-        and return_logprobs == 0
-        and not ops.is_tracing()
-    ):
+    if plain_sample is not None and backend in ("auto", "cpu") and not ops.is_tracing():
         seen: Any = token_counts
         if type(seen) is TokenCounts:
-            seen = (seen.vocab, seen.ids, seen.counts, seen.lengths)
-        quick: Tensor | None = plain_sample(
+            seen = (seen.vocab, seen.ids, seen.counts, seen.lengths, seen.unseen)
+        quick = plain_sample(
             logits, temperature, top_k, top_p, min_p, seeds, 0 if positions is None else positions,
             repetition_penalty, presence_penalty, frequency_penalty, seen, prompt_mask, logit_bias, allowed,
-            torch.get_num_threads(),
+            return_logprobs, torch.get_num_threads(),
         )  # fmt: skip
         if quick is not None:
-            return quick
+            return SampledTokens(*quick) if return_logprobs else quick
     if type(logits) is not Tensor or logits.dim() != 2:
         Shapes().match("logits", logits, "batch vocab")
     check_dtype("logits", logits, DTYPES)
