@@ -1,14 +1,14 @@
 # make demo    set up and let a real model write text        make test    set up and run the tests
 # make lint    ruff, mypy, clang-format                       make bench   the benchmarks, into benchmarks/results/
-# make clean   remove what the others made
+# make test-gpu   the CUDA kernels' tests on a GPU      make clean   remove what the others made
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 PIP = $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 SOURCES = $(shell git ls-files csrc '*.cpp' '*.h' CMakeLists.txt setup.py)
-CPP = $(shell git ls-files '*.cpp' '*.h' '*.inc')
+CPP = $(shell git ls-files '*.cpp' '*.h' '*.inc' '*.cu' '*.cuh')
 
-.PHONY: demo test lint bench clean build
+.PHONY: demo test test-gpu lint bench clean build
 .DELETE_ON_ERROR:
 
 demo: build
@@ -18,6 +18,14 @@ demo: build
 
 test: build $(VENV)/.test
 	$(BIN)/python -m pytest
+
+# What CI runs in an emulator, on the real thing; and compute-sanitizer over it, where there is one.
+test-gpu: build $(VENV)/.test
+	$(BIN)/python -c "import torch; assert torch.cuda.is_available(), 'PyTorch finds no CUDA device'"
+	FASTATTN_CUDA=on $(BIN)/python setup.py build_ext --inplace
+	$(BIN)/python -m pytest tests/test_cuda_attention.py tests/test_cuda_gpu.py tests/test_cuda_build.py
+	if command -v compute-sanitizer; then \
+	  compute-sanitizer --error-exitcode 1 $(BIN)/python -m pytest -q tests/test_cuda_attention.py -k gpu; fi
 
 lint: $(VENV)/.lint
 	$(BIN)/ruff check .
@@ -59,4 +67,4 @@ $(VENV)/.lint: $(VENV)/.build
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info fastattn/_C*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist *.egg-info fastattn/_C*.so fastattn/_cuda*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis

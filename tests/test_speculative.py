@@ -13,7 +13,7 @@ from scipy.stats import chi2_contingency
 from torch import Tensor
 
 import fastattn
-from fastattn.sampling import speculative_sample
+from fastattn.sampling import speculative, speculative_sample
 
 VOCAB, DRAWS = 6, 1_000_000
 BACKENDS = ["cpu", "reference"]
@@ -145,8 +145,9 @@ def test_where_rounding_leaves_nothing() -> None:
     with refuse:  # a coin that chance 1 never shows: all that is left of p is p itself
         rows = torch.stack((q, q)).expand(64, 2, 2)
         made, _ = speculative_sample(
-            q.expand(64, 1, 2), torch.zeros(64, 1, dtype=torch.int64), rows, torch.arange(64)
-        )
+            q.expand(64, 1, 2), torch.zeros(64, 1, dtype=torch.int64), rows, torch.arange(64),
+            backend="reference",
+        )  # fmt: skip
     assert set(made[:, 0].tolist()) == {0, 1}
 
 
@@ -185,7 +186,7 @@ def test_rows_are_independent_of_batch_and_threads(isa: str, threads: None) -> N
     assert torch.equal(reference.tokens, made)
 
 
-@pytest.mark.parametrize("vocab", [1, 7, 33, 1000, 40_003])
+@pytest.mark.parametrize("vocab", [1, 33, 5003])
 @pytest.mark.parametrize(
     ("draft", "target"),
     [
@@ -198,10 +199,11 @@ def test_the_kernel_does_what_the_definition_says(
 ) -> None:
     inputs = call(12, n=3, vocab=vocab)
     inputs["draft_probs"] = (3 * inputs["draft_probs"]).to(draft)
-    inputs["draft_probs"].scatter_(2, inputs["draft_tokens"][..., None], 0.2)  # accepted or not, by chance
     inputs["target_probs"] = inputs["target_probs"].to(target)
+    for name, share in (("draft_probs", 3.0), ("target_probs", 0.7)):  # accepted or not, by chance
+        inputs[name][:, :3].scatter_(2, inputs["draft_tokens"][..., None], share)
     inputs["target_probs"][:, :, ::2] *= 0.5
-    expected = speculative_sample(**inputs, backend="reference")
+    expected = speculative._composed(**inputs, backend="cpu")
     assert vocab == 1 or len(expected.accepted.unique()) > 2
     strided = {  # rows apart, the vocabulary apart, a tensor that repeats
         "draft_probs": inputs["draft_probs"].repeat(1, 1, 2)[:, :, :vocab],

@@ -4,7 +4,8 @@
 ``FASTATTN_BACKEND``) does it or raises, and never falls back.
 A row is a module with ``NAME``, ``FEATURES``, ``unavailable()``, ``is_misforced()`` (an environment variable asks it
 for what it cannot do: an error even for ``auto``), ``supports(args)`` and the operations
-``attention(args)``, ``append_kv(args)``, ``sample(args)``, ``survivors(args)``.
+``attention(args)``, ``append_kv(args)``, ``sample(args)``, ``survivors(args)``. ``cpu`` also has
+``speculative_sample``, which the others leave to ``sampling/speculative.py``.
 """
 
 from __future__ import annotations
@@ -15,10 +16,10 @@ from types import ModuleType
 from torch import Tensor
 
 from fastattn.args import AttentionArgs, KVAppendArgs, SamplingArgs
-from fastattn.backends import cpu, reference, triton
+from fastattn.backends import cpu, cuda, reference, triton
 
 # Best first: the order in which "auto" asks.
-BACKENDS: dict[str, ModuleType] = {module.NAME: module for module in (cpu, triton, reference)}
+BACKENDS: dict[str, ModuleType] = {module.NAME: module for module in (cuda, cpu, triton, reference)}
 
 
 def available_backends() -> dict[str, str | None]:

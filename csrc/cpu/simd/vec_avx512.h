@@ -139,9 +139,7 @@ struct VecAvx512 {
   }
 
  private:
-  static __m128 gather4(const float* p, const int32_t* i) {
-    return _mm_setr_ps(p[i[0]], p[i[1]], p[i[2]], p[i[3]]);
-  }
+  static __m128 gather4(const float* p, const int32_t* i) { return _mm_setr_ps(p[i[0]], p[i[1]], p[i[2]], p[i[3]]); }
   static __mmask16 first_n(int n) { return static_cast<__mmask16>((1u << n) - 1u); }
   static __m512 unpacklo_pairs(__m512 a, __m512 b) {
     return _mm512_castpd_ps(_mm512_unpacklo_pd(_mm512_castps_pd(a), _mm512_castps_pd(b)));

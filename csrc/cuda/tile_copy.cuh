@@ -1,0 +1,117 @@
+// Rows of q, k and v on their way to shared memory, 16 bytes a thread and copy.
+#pragma once
+
+#include "cuda/sequence.cuh"
+
+namespace fastattn {
+namespace {
+
+// How far apart rows lie, in bytes, multiplied out: as kernel parameters they cost no registers.
+struct CopySteps {
+  int64_t rows;  // of one copy by all threads
+  int64_t tile;
+
+  template <class Traits>
+  static CopySteps of(const TensorView& view) {
+    return {view.stride_seqlen * 2 * Traits::kCopyRows, view.stride_seqlen * 2 * Traits::kKeys};
+  }
+};
+
+// One of k and v: tile after tile, from the last key to the first. Columns past headdim arrive as zeros.
+template <class Traits, bool kPaged>
+class KeyCopy {
+ public:
+  FASTATTN_DEVICE KeyCopy(const TensorView& view, const CopySteps& steps, const KVParams& kv, const Sequence& sequence,
+                          int64_t headdim)
+      : view_(view),
+        steps_(steps),
+        kv_(kv),
+        row_(thread_index() / Traits::kRowLanes),
+        chunk_(thread_index() % Traits::kRowLanes),
+        chunks_(static_cast<int>(headdim) / 8),
+        target_(chunk_offset<Traits::kKeys>(row_, chunk_)) {
+    if constexpr (kPaged) {
+      pages_ = kv.block_table + sequence.batch * kv.stride_block_table;
+      first_ = sequence.kv_first;
+      source_ = row_pointer<const char>({view.data, 0, 0, view.stride_head * 2}, 0, 0, sequence.head_k);
+    } else {
+      source_ = reinterpret_cast<const char*>(
+          row_pointer<const uint16_t>(view, sequence.kv_row, sequence.kv_first, sequence.head_k));
+    }
+    source_ += chunk_ * 16;
+  }
+
+  // The tile to copy next begins at this key.
+  FASTATTN_DEVICE void seek(int key) {
+    if constexpr (kPaged)
+      key_ = key;
+    else
+      source_ += (key + row_) * view_.stride_seqlen * 2;
+  }
+
+  // `edge`: the tile may reach beyond `seqlen_k`, where zeros stand in.
+  template <bool edge>
+  FASTATTN_DEVICE void copy(uint32_t tile, int key, int seqlen_k) {
+    const char* source = source_;
+#pragma unroll
+    for (int r = 0; r < Traits::kKeys; r += Traits::kCopyRows) {
+      const bool exists = !edge || key + row_ + r < seqlen_k;
+      if constexpr (kPaged) source = exists ? source_ + paged(key_ + row_ + r) : source_;
+#pragma unroll
+      for (int c = 0; c < Traits::kCopyColumns; ++c) {
+        const bool wanted = exists && chunk_ + c * Traits::kRowLanes < chunks_;
+        cp_async16(tile + column_target(c) + static_cast<uint32_t>(r * kPanelBytes),
+                   source + c * Traits::kRowLanes * 16, wanted);
+      }
+      if constexpr (!kPaged) source += steps_.rows;
+    }
+    if constexpr (kPaged)
+      key_ -= Traits::kKeys;
+    else
+      source_ -= steps_.tile;
+  }
+
+ private:
+  FASTATTN_DEVICE uint32_t column_target(int c) const {
+    if constexpr (Traits::kRowLanes == 8)
+      return target_ + static_cast<uint32_t>(c * 2 * Traits::kKeys * kPanelBytes);
+    else
+      return (target_ ^ static_cast<uint32_t>(c % 2 * kPanelBytes)) +
+             static_cast<uint32_t>(c * Traits::kKeys * kPanelBytes);
+  }
+
+  FASTATTN_DEVICE int64_t paged(int key) const {
+    const int page_size = static_cast<int>(kv_.page_size), token = first_ + key, page = token / page_size;
+    return (load_global(pages_ + page) * view_.stride_batch + (token - page * page_size) * view_.stride_seqlen) * 2;
+  }
+
+  const TensorView& view_;
+  const CopySteps& steps_;
+  const KVParams& kv_;
+  const int row_, chunk_, chunks_;
+  const uint32_t target_;  // of this thread's first chunk within a tile
+  const char* source_;     // its bytes in global memory; of pages: in page 0
+  const int32_t* pages_ = nullptr;
+  int first_ = 0, key_ = 0;
+};
+
+// The rows of q from `first` on; those beyond the sequence arrive as zeros.
+template <class Traits>
+FASTATTN_DEVICE void copy_queries(uint32_t tile, const AttentionParams& p, const Sequence& sequence, int first) {
+  const int row = thread_index() / Traits::kRowLanes, chunk = thread_index() % Traits::kRowLanes;
+#pragma unroll
+  for (int r = 0; r < Traits::kRows; r += Traits::kCopyRows) {
+    const bool exists = first + row + r < sequence.rows();
+    const int at = exists ? first + row + r : first;
+    const uint16_t* source =
+        row_pointer<const uint16_t>(p.q, sequence.q_row, sequence.q_first + sequence.query(at), sequence.head(at));
+#pragma unroll
+    for (int c = 0; c < Traits::kChunks; c += Traits::kRowLanes) {
+      const bool wanted = exists && chunk + c < p.headdim / 8;
+      cp_async16(tile + chunk_offset<Traits::kRows>(row + r, chunk + c), source + (chunk + c) * 8, wanted);
+    }
+  }
+}
+
+}  // namespace
+}  // namespace fastattn
