@@ -122,8 +122,8 @@ Rows<T> rows(const py::object& value) {
   return {pointer<const T>(item<uintptr_t>(t, 0)), item<int64_t>(t, 1)};
 }
 
-// (repetition, presence, frequency, counts, prompt, seen_ids, seen_counts, seen_n, bias, bias_ids, bias_values, bias_n,
-// allowed, allowed_bits)
+// (repetition, presence, frequency, counts, prompt, seen_ids, seen_counts, seen_n, unseen, bias, bias_ids, bias_values,
+// bias_n, allowed, allowed_bits)
 void fill_edits(const py::tuple& t, double (&numbers)[3], LogitEdits* edits) {
   edits->repetition = per_row(t[0], &numbers[0]);
   edits->presence = per_row(t[1], &numbers[1]);
@@ -133,12 +133,13 @@ void fill_edits(const py::tuple& t, double (&numbers)[3], LogitEdits* edits) {
   edits->seen_ids = rows<int32_t>(t[5]);
   edits->seen_counts = rows<int32_t>(t[6]);
   edits->seen_n = indices(t, 7);
-  edits->bias = rows<float>(t[8]);
-  edits->bias_ids = rows<int64_t>(t[9]);
-  edits->bias_values = rows<float>(t[10]);
-  edits->bias_n = item<int64_t>(t, 11);
-  edits->allowed = rows<uint8_t>(t[12]);
-  edits->allowed_bits = rows<uint8_t>(t[13]);
+  edits->unseen = rows<uint8_t>(t[8]);
+  edits->bias = rows<float>(t[9]);
+  edits->bias_ids = rows<int64_t>(t[10]);
+  edits->bias_values = rows<float>(t[11]);
+  edits->bias_n = item<int64_t>(t, 12);
+  edits->allowed = rows<uint8_t>(t[13]);
+  edits->allowed_bits = rows<uint8_t>(t[14]);
 }
 
 // The first row whose token is a -SamplingError, or -1. logprobs: None, or (how many best, logprobs, best_ids,
@@ -183,10 +184,40 @@ int64_t sample(uintptr_t logits, int64_t stride_batch, int64_t batch, int64_t vo
   return -1;
 }
 
-void count_one_token_per_row(uintptr_t ids, uintptr_t counts, uintptr_t lengths, uintptr_t tokens, int64_t batch,
-                             int64_t capacity) {
-  count_tokens({pointer<int32_t>(ids), pointer<int32_t>(counts), pointer<int32_t>(lengths),
-                pointer<const int64_t>(tokens), batch, capacity});
+// draft, target: (address, batch stride, token stride); false where something is wrong with a row or a token.
+bool speculate(const py::tuple& draft, const py::tuple& target, uintptr_t drafted, const py::object& seeds,
+               const py::object& positions, uintptr_t totals, uintptr_t tokens, uintptr_t accepted, int64_t batch,
+               int64_t n, int64_t vocab, int dtype, int nthreads) {
+  int64_t integers[2];
+  SpeculativeParams p{};
+  p.draft = pointer<const void>(item<uintptr_t>(draft, 0));
+  p.draft_stride_batch = item<int64_t>(draft, 1);
+  p.draft_stride_token = item<int64_t>(draft, 2);
+  p.target = pointer<const void>(item<uintptr_t>(target, 0));
+  p.target_stride_batch = item<int64_t>(target, 1);
+  p.target_stride_token = item<int64_t>(target, 2);
+  p.drafted = pointer<const int64_t>(drafted);
+  p.seeds = per_row(seeds, &integers[0]);
+  p.positions = per_row(positions, &integers[1]);
+  p.totals = pointer<double>(totals);
+  p.tokens = pointer<int64_t>(tokens);
+  p.accepted = pointer<int64_t>(accepted);
+  p.batch = batch;
+  p.n = n;
+  p.vocab = vocab;
+  p.dtype = static_cast<DType>(dtype);
+  p.nthreads = nthreads;
+  py::gil_scoped_release release;
+  kernels().speculate(p);
+  for (int64_t row = 0; row < batch; ++row)
+    if (p.accepted[row] < 0) return false;
+  return true;
+}
+
+void count_one_token_per_row(uintptr_t ids, uintptr_t counts, uintptr_t lengths, uintptr_t unseen, uintptr_t tokens,
+                             int64_t batch, int64_t capacity, int64_t unseen_bytes) {
+  count_tokens({pointer<int32_t>(ids), pointer<int32_t>(counts), pointer<int32_t>(lengths), pointer<uint8_t>(unseen),
+                pointer<const int64_t>(tokens), batch, capacity, unseen_bytes});
 }
 
 py::list isas() {
@@ -212,6 +243,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("pack_linear", &pack_linear);
   m.def("linear", &linear);
   m.def("sample", &sample);
+  m.def("speculate", &speculate);
   m.def("count_tokens", &count_one_token_per_row);
   m.def("fma_loop", [](int64_t iterations, int nthreads) {
     py::gil_scoped_release release;

@@ -1,4 +1,4 @@
-// The calls that most programs make, plain attention and plain decode steps on CPU tensors, straight from the
+// The calls that most programs make, plain attention, decode steps and draws on CPU tensors, straight from the
 // interpreter to the kernel. Whatever is not plain, or not understood, is answered with None: the caller then takes the
 // long way, which checks and explains.
 #include "plain_attention.h"
@@ -11,9 +11,9 @@
 namespace fastattn {
 namespace {
 
-// bind_tensor(Tensor, Parameter, empty_like) -> bool: whether this torch publishes the API.
+// bind_tensor(Tensor, Parameter, empty_like, empty_tokens, empty_floats) -> bool: whether this torch publishes the API.
 PyObject* bind_tensor(PyObject*, PyObject* const* args, Py_ssize_t n) {
-  if (n != 3) return PyErr_Format(PyExc_TypeError, "bind_tensor: expected 3 arguments, got %zd", n);
+  if (n != 5) return PyErr_Format(PyExc_TypeError, "bind_tensor: expected 5 arguments, got %zd", n);
   Binding& b = binding();
   PyObject* capsule = PyObject_GetAttrString(args[0], "__dlpack_c_exchange_api__");
   const auto* exchange =
@@ -24,6 +24,8 @@ PyObject* bind_tensor(PyObject*, PyObject* const* args, Py_ssize_t n) {
   b.tensor = reinterpret_cast<PyTypeObject*>(Py_NewRef(args[0]));
   b.parameter = reinterpret_cast<PyTypeObject*>(Py_NewRef(args[1]));
   b.empty_like = Py_NewRef(args[2]);
+  b.empty_tokens = Py_NewRef(args[3]);
+  b.empty_floats = Py_NewRef(args[4]);
   b.exchange = exchange;
   Py_RETURN_TRUE;
 }
@@ -94,6 +96,7 @@ PyMethodDef plain_attention_methods[] = {
     {"bind_tensor", as_method(bind_tensor), METH_FASTCALL, nullptr},
     {"plain_attention", as_method(plain_attention), METH_FASTCALL, nullptr},
     {"plain_kvcache", as_method(plain_kvcache), METH_FASTCALL, nullptr},
+    {"plain_sample", as_method(plain_sample), METH_FASTCALL, nullptr},
     {"plain_sdpa", as_method(plain_sdpa), METH_FASTCALL, nullptr},
     {nullptr, nullptr, 0, nullptr},
 };

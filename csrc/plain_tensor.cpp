@@ -9,8 +9,6 @@ Binding& binding() {
   return b;
 }
 
-namespace {
-
 bool is_float(DLDataType t, DType* out) {
   if (t.lanes != 1) return false;
   if (t.code == kDLBfloat && t.bits == 16) return *out = DType::bf16, true;
@@ -22,6 +20,8 @@ bool is_float(DLDataType t, DType* out) {
     default: return false;
   }
 }
+
+namespace {
 
 // No subclass, and no gradient wanted.
 bool is_plain(PyObject* object) {

@@ -42,7 +42,7 @@ struct DLExchange {
   void* current_stream;
 };
 constexpr int32_t kDLCpu = 1;
-constexpr uint8_t kDLInt = 0, kDLFloat = 2, kDLBfloat = 4;
+constexpr uint8_t kDLInt = 0, kDLUInt = 1, kDLFloat = 2, kDLBfloat = 4, kDLBool = 6;
 constexpr int64_t kMaxHeaddim = 512;
 
 // What the module learns once, in bind_tensor.
@@ -51,13 +51,20 @@ struct Binding {
   PyTypeObject* tensor = nullptr;
   PyTypeObject* parameter = nullptr;
   PyObject* empty_like = nullptr;
+  PyObject* empty_tokens = nullptr;  // of sizes: an int64 tensor
+  PyObject* empty_floats = nullptr;  // the same, float32
+  PyObject* tokens = nullptr;        // the last that it made, of this many
+  int64_t tokens_batch = 0;
   PyObject* requires_grad = PyUnicode_InternFromString("requires_grad");
   PyObject* new_empty = PyUnicode_InternFromString("new_empty");
+  PyObject* random = PyUnicode_InternFromString("random_");
 };
 Binding& binding();
 
 // Any tensor on the CPU that wants no gradient; false, perhaps with an exception set, for anything else.
 bool read_tensor(PyObject* object, DLTensor* out);
+
+bool is_float(DLDataType t, DType* out);
 
 inline void* data_of(const DLTensor& t) { return static_cast<char*>(t.data) + t.byte_offset; }
 

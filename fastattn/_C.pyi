@@ -12,7 +12,9 @@ _PerRow = float | tuple[int]  # a number, or (address,) of one per row
 def isas() -> list[str]: ...
 def isa() -> str: ...
 def select_isa(name: str) -> None: ...
-def bind_tensor(tensor: type, parameter: type, empty_like: object) -> bool: ...
+def bind_tensor(
+    tensor: type, parameter: type, empty_like: object, empty_tokens: object, empty_floats: object
+) -> bool: ...
 def plain_attention(
     q: Tensor, k: Tensor, v: Tensor, causal: bool, softmax_scale: float | None, nthreads: int
 ) -> Tensor | None: ...
@@ -21,6 +23,11 @@ def plain_kvcache(
     cache_seqlens: int | Tensor | None, rotary_cos: Tensor | None, rotary_sin: Tensor | None,
     rotary_interleaved: bool, causal: bool, softmax_scale: float | None, nthreads: int,
 ) -> Tensor | None: ...  # fmt: skip
+def plain_sample(
+    logits: Tensor, temperature: object, top_k: object, top_p: object, min_p: object, seeds: object, positions: object,
+    repetition_penalty: object, presence_penalty: object, frequency_penalty: object, token_counts: object,
+    prompt_mask: object, logit_bias: object, allowed: object, return_logprobs: int, nthreads: int,
+) -> Tensor | tuple[Tensor, ...] | None: ...  # fmt: skip
 def plain_sdpa(
     q: Tensor, k: Tensor, v: Tensor, is_causal: bool, scale: float | None, nthreads: int, enable_gqa: bool
 ) -> Tensor | None: ...
@@ -50,7 +57,20 @@ def sample(
     top_p: _PerRow, min_p: _PerRow, seeds: _PerRow, positions: _PerRow, edits: tuple[object, ...] | None,
     tokens: int, kept: int, logprobs: tuple[int, ...] | None, nthreads: int,
 ) -> int: ...  # fmt: skip
-def count_tokens(ids: int, counts: int, lengths: int, tokens: int, batch: int, capacity: int) -> None: ...
+def speculate(
+    draft: tuple[int, int, int], target: tuple[int, int, int], drafted: int, seeds: _PerRow, positions: _PerRow,
+    totals: int, tokens: int, accepted: int, batch: int, n: int, vocab: int, dtype: int, nthreads: int,
+) -> bool: ...  # fmt: skip
+def count_tokens(
+    ids: int,
+    counts: int,
+    lengths: int,
+    unseen: int,
+    tokens: int,
+    batch: int,
+    capacity: int,
+    unseen_bytes: int,
+) -> None: ...
 def fma_loop(iterations: int, nthreads: int) -> float: ...
 def read_loop(data: int, floats: int, nthreads: int) -> float: ...
 def max_loop(data: int, floats: int) -> float: ...

@@ -145,6 +145,7 @@ def test_kernels_include_no_framework_and_no_standard_library():
         "plain_attention.h",
         "plain_attention.cpp",
         "plain_kvcache.cpp",
+        "plain_sampling.cpp",
         "plain_tensor.h",
         "plain_tensor.cpp",
     }  # compiled without -m flags

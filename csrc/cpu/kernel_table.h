@@ -16,6 +16,7 @@ struct KernelTable {
   void (*rms_norm)(const RmsNormParams&);
   void (*activate)(const ActivateParams&);
   void (*sample)(const SamplingParams&);
+  void (*speculate)(const SpeculativeParams&);
   double (*fma_loop)(int64_t iterations, int nthreads);  // benchmarks' limits: limits.h
   double (*read_loop)(const float* data, int64_t floats, int nthreads);
   float (*max_loop)(const float* data, int64_t floats);

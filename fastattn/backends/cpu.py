@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import warnings
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastattn.backends.cpu_sampling import sample, survivors
+from fastattn.backends.cpu_sampling import sample, speculative_sample, survivors
 from fastattn.calls import (
     DTYPES,
     AppendCall,
@@ -41,6 +42,7 @@ __all__ = [
     "attention",
     "attention_backward",
     "sample",
+    "speculative_sample",
     "supports",
     "survivors",
     "unavailable",
@@ -63,9 +65,15 @@ if _C is not None:
 
 # The quick ways in for plain calls, csrc/plain_attention.cpp: None where there are none; None is also what they answer
 # to other calls.
-plain_attention = plain_kvcache = plain_sdpa = None
-if _C is not None and _ISA_ERROR is None and _C.bind_tensor(Tensor, torch.nn.Parameter, torch.empty_like):
+plain_attention = plain_kvcache = plain_sample = plain_sdpa = None
+_EMPTY_TOKENS, _EMPTY_FLOATS = (partial(torch.empty, dtype=dtype) for dtype in (torch.int64, torch.float32))
+if (
+    _C is not None
+    and _ISA_ERROR is None
+    and _C.bind_tensor(Tensor, torch.nn.Parameter, torch.empty_like, _EMPTY_TOKENS, _EMPTY_FLOATS)
+):
     plain_attention, plain_kvcache, plain_sdpa = _C.plain_attention, _C.plain_kvcache, _C.plain_sdpa
+    plain_sample = _C.plain_sample
 
 _ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3}  # csrc/params.h, Activation
 _FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # what kernels that compute in float read
