@@ -9,6 +9,8 @@ import pytest
 import torch
 import transformers
 
+from fastattn.model import load_decoder
+
 TOLERANCE = 1e-4  # float32 against float32, logits of size 1 to 10
 
 
@@ -126,3 +128,21 @@ def test_bits(pair):
     together = decoder.forward(torch.cat(rows), seqlens, decoder.new_cache(3, 32), all_logits=True)
     torch.set_num_threads(1)
     assert torch.equal(torch.cat(alone), together)
+
+
+def check_bfloat16(model, path) -> None:
+    """Close to the float32 model with the same rounded weights; only products round to bfloat16."""
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.dim() == 2:
+                p.copy_(p.bfloat16())
+    model.save_pretrained(path)
+    decoder, _ = load_decoder(path, torch.bfloat16)
+    assert decoder.dtype == torch.bfloat16
+    cache = decoder.new_cache(1, 32)
+    assert cache.k[0].dtype == torch.bfloat16
+    ids = prompt(20)
+    logits = decoder.forward(ids, [20], cache, all_logits=True)
+    wanted = reference(model, ids)
+    assert logits.dtype == torch.float32
+    assert (logits - wanted).abs().mean() < 0.03 * wanted.std()

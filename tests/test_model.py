@@ -17,6 +17,7 @@ pytest.importorskip("safetensors")
 transformers = pytest.importorskip("transformers")
 
 from decoder_checks import (  # noqa: E402, F401  # the tests among them run on the pairs below
+    check_bfloat16,
     one_thread,
     prompt,
     randomised,
@@ -113,22 +114,7 @@ def test_config(pair):
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "llama-bias"])
 def test_bfloat16(tmp_path, name):
-    """Close to the float32 model with the same rounded weights; only products round to bfloat16."""
-    model = random_model(name)
-    with torch.no_grad():
-        for p in model.parameters():
-            if p.dim() == 2:
-                p.copy_(p.bfloat16())
-    model.save_pretrained(tmp_path)
-    decoder, _ = load_decoder(tmp_path, torch.bfloat16)
-    assert decoder.dtype == torch.bfloat16
-    cache = decoder.new_cache(1, 32)
-    assert cache.k[0].dtype == torch.bfloat16
-    ids = prompt(20)
-    logits = decoder.forward(ids, [20], cache, all_logits=True)
-    wanted = reference(model, ids)
-    assert logits.dtype == torch.float32
-    assert (logits - wanted).abs().mean() < 0.03 * wanted.std()
+    check_bfloat16(random_model(name), tmp_path)
 
 
 def test_stored_dtypes(tmp_path):

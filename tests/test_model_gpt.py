@@ -17,6 +17,7 @@ pytest.importorskip("safetensors")
 transformers = pytest.importorskip("transformers")
 
 from decoder_checks import (  # noqa: E402, F401  # the tests among them run on the pairs below
+    check_bfloat16,
     one_thread,
     prompt,
     randomised,
@@ -267,3 +268,8 @@ def test_info(tmp_path, name, positions):
     facts = describe(tmp_path)
     assert facts["positions"] == positions
     assert facts["parameters"] == sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize("name", ["gpt_neox", "gptj", "bloom", "falcon-new"])
+def test_bfloat16(tmp_path, name):
+    check_bfloat16(random_model(name), tmp_path)
