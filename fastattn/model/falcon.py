@@ -99,7 +99,8 @@ def build(config: ModelConfig, weights: WeightReader) -> Decoder:
     """The decoder, read from the file."""
     slopes = None
     if config.alibi:
-        # ALiBi joins the scores before they are scaled, with slopes that were bfloat16 in training.
+        # ALiBi joins the scores before they are scaled, with slopes in bfloat16 (their products with the distance,
+        # which transformers rounds too, stay as they are: it says where keys are, not how far from the query).
         rounded = alibi_slopes(config.nheads).to(torch.bfloat16).float()  # (nheads,)
         slopes = rounded / math.sqrt(config.headdim)  # (nheads,)
     if config.parallel and weights.has("own_attn_norm", 0):
