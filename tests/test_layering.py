@@ -25,6 +25,7 @@ FLOORS = {
     "fastattn.sampling_checks": 5,
     "fastattn.token_counts": 5,
     "fastattn.ops": 5,
+    "fastattn.plain": 5,
     "fastattn.backends": 5,
     "fastattn.attention": 6,
     "fastattn.varlen": 6,

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import warnings
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -50,11 +52,18 @@ if _C is not None:
     except ValueError as error:
         _ISA_ERROR = str(error)
 
-# The quick ways in for plain calls, csrc/plain_attention.cpp: None where there are none; None is also what they answer
-# to other calls.
-plain_attention = plain_kvcache = plain_sdpa = None
-if _C is not None and _ISA_ERROR is None and _C.bind_tensor(Tensor, torch.nn.Parameter, torch.empty_like):
-    plain_attention, plain_kvcache, plain_sdpa = _C.plain_attention, _C.plain_kvcache, _C.plain_sdpa
+# The quick ways in for plain calls, csrc/plain_attention.cpp: None where there are none.
+plain_attention: Any = None
+plain_attention_backward: Any = None
+plain_kvcache: Callable[..., Tensor | None] | None = None
+_empty_float = partial(torch.empty, dtype=torch.float32, device="cpu")
+if (
+    _C is not None
+    and _ISA_ERROR is None
+    and _C.bind_tensor(Tensor, torch.nn.Parameter, torch.empty_like, _empty_float)
+):
+    plain_attention, plain_kvcache = _C.plain_attention, _C.plain_kvcache
+    plain_attention_backward = _C.plain_attention_backward
 
 _DTYPES = {
     torch.float32: 0,
@@ -135,7 +144,7 @@ def attention(args: AttentionArgs) -> tuple[Tensor, Tensor | None]:
 def attention_backward(
     args: AttentionArgs, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None, *, needs_dbias: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
-    """``dq, dk, dv, dbias, dsinks`` of a call of ``attention`` that gave ``out`` and ``lse``; as ``AttentionGrads``."""
+    """``dq, dk, dv, dbias, dsinks`` of a call of ``attention`` that gave ``out`` and ``lse``."""
     q, k, v = _unit_stride(args.q), _unit_stride(args.k), _unit_stride(args.v)
     compute, lse = _statistics(q), lse.contiguous()
     nheads, seqlen_q = lse.shape[-2:]
