@@ -43,6 +43,7 @@ FLOORS = {
     "fastattn.vocabulary": 8,
     "fastattn.decoding": 8,
     "fastattn.choice": 8,
+    "fastattn.perplexity": 8,
     "fastattn.prompts": 8,
     "fastattn.generate": 8,
     "fastattn.info": 8,
