@@ -232,6 +232,7 @@ py::list isas() {
 PYBIND11_MODULE(_C, m) {
   using namespace fastattn;
   m.doc() = "fastattn's CPU kernels. Arguments are trusted: call fastattn.attention and fastattn.sample instead.";
+  m.attr("MAX_HEADDIM") = kMaxHeaddim;
   m.def("isas", &isas, "Instruction sets that can run here, best first.");
   m.def("isa", [] { return kernels().name; }, "The instruction set in use.");
   m.def("select_isa", &select_kernels, "Use this instruction set from now on; '' = the best.");

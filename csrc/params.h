@@ -8,6 +8,8 @@ namespace fastattn {
 
 enum class DType : int32_t { f32 = 0, bf16 = 1, f16 = 2, f64 = 3, i8 = 4 };
 
+constexpr int64_t kMaxHeaddim = 512;  // of headdim and headdim_v; Python's MAX_HEADDIM is this one
+
 // Storage of the 16-bit floats: all arithmetic is fp32.
 struct bf16_t {
   uint16_t bits;

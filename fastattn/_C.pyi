@@ -15,9 +15,8 @@ def select_isa(name: str) -> None: ...
 def bind_tensor(
     tensor: type, parameter: type, empty_like: object, empty_tokens: object, empty_floats: object
 ) -> bool: ...
-def plain_attention(
-    q: Tensor, k: Tensor, v: Tensor, causal: bool, softmax_scale: float | None, nthreads: int
-) -> Tensor | None: ...
+def plain_attention(*call: object) -> Tensor | tuple[Tensor, Tensor] | bool | None: ...
+def plain_attention_backward(*call: object) -> bool: ...
 def plain_kvcache(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, k: Tensor | None, v: Tensor | None,
     cache_seqlens: int | Tensor | None, rotary_cos: Tensor | None, rotary_sin: Tensor | None,
@@ -28,9 +27,9 @@ def plain_sample(
     repetition_penalty: object, presence_penalty: object, frequency_penalty: object, token_counts: object,
     prompt_mask: object, logit_bias: object, allowed: object, return_logprobs: int, nthreads: int,
 ) -> Tensor | tuple[Tensor, ...] | None: ...  # fmt: skip
-def plain_sdpa(
-    q: Tensor, k: Tensor, v: Tensor, is_causal: bool, scale: float | None, nthreads: int, enable_gqa: bool
-) -> Tensor | None: ...
+
+MAX_HEADDIM: int
+
 def attention_forward(call: _Tuple, out: _View, lse: tuple[int, int, int]) -> None: ...
 def attention_backward(
     call: _Tuple, out: _View, lse: tuple[int, int, int], dout: _View, dlse: int, delta: int, dq: _View, dk: _View,

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -63,17 +64,21 @@ if _C is not None:
     except ValueError as error:
         _ISA_ERROR = str(error)
 
-# The quick ways in for plain calls, csrc/plain_attention.cpp: None where there are none; None is also what they answer
-# to other calls.
-plain_attention = plain_kvcache = plain_sample = plain_sdpa = None
-_EMPTY_TOKENS, _EMPTY_FLOATS = (partial(torch.empty, dtype=dtype) for dtype in (torch.int64, torch.float32))
+# The quick ways in for plain calls, csrc/plain_*.cpp: None where there are none.
+plain_attention: Any = None
+plain_attention_backward: Any = None
+plain_kvcache: Callable[..., Tensor | None] | None = None
+plain_sample: Any = None
+_empty_tokens, _empty_floats = (
+    partial(torch.empty, dtype=dtype, device="cpu") for dtype in (torch.int64, torch.float32)
+)
 if (
     _C is not None
     and _ISA_ERROR is None
-    and _C.bind_tensor(Tensor, torch.nn.Parameter, torch.empty_like, _EMPTY_TOKENS, _EMPTY_FLOATS)
+    and _C.bind_tensor(Tensor, torch.nn.Parameter, torch.empty_like, _empty_tokens, _empty_floats)
 ):
-    plain_attention, plain_kvcache, plain_sdpa = _C.plain_attention, _C.plain_kvcache, _C.plain_sdpa
-    plain_sample = _C.plain_sample
+    plain_attention, plain_kvcache, plain_sample = _C.plain_attention, _C.plain_kvcache, _C.plain_sample
+    plain_attention_backward = _C.plain_attention_backward
 
 _ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3}  # csrc/params.h, Activation
 _FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # what kernels that compute in float read
@@ -148,7 +153,7 @@ def attention(args: AttentionArgs) -> tuple[Tensor, Tensor | None]:
 def attention_backward(
     args: AttentionArgs, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None, *, needs_dbias: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
-    """``dq, dk, dv, dbias, dsinks`` of a call of ``attention`` that gave ``out`` and ``lse``; as ``AttentionGrads``."""
+    """``dq, dk, dv, dbias, dsinks`` of a call of ``attention`` that gave ``out`` and ``lse``."""
     q, k, v = unit_stride(args.q), unit_stride(args.k), unit_stride(args.v)
     compute, lse = statistics(q), lse.contiguous()
     nheads, seqlen_q = lse.shape[-2:]

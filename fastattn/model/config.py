@@ -13,10 +13,10 @@ from numbers import Real
 from pathlib import Path
 from typing import Any, NoReturn
 
+from fastattn.args import MAX_HEADDIM
 from fastattn.model.weights import ModelFileError, TensorSource
 
 MAX_INT = 2**31 - 1
-MAX_HEADDIM = 512  # what the attention kernels take
 
 # The names that files use, and ours (fused.ACTIVATIONS).
 ACTIVATION_NAMES = {
