@@ -149,7 +149,7 @@ MUTANTS = [
     backward("the last tile of rows skipped", "(range.end - range.begin + kRows - 1) / kRows,", "(range.end - range.begin) / kRows,"),
     backward("gradients of keys beyond the sequence are written", "return key < sequence_.seqlen_k\n", "return key < 1 << 30\n"),
     backward("statistics of rows beyond the sequence are read", "if (row >= sequence_.rows()) return {kInfinity, 0.0f};\n", ""),
-    backward("a row that sees nothing has weights", "{lse == -kInfinity ? kInfinity : lse", "{lse == -kInfinity ? 0.0f : lse"),
+    backward("a row that sees nothing is not guarded", "{lse == -kInfinity ? kInfinity : lse", "{false ? kInfinity : lse"),
     Mutant("rows of a window's keys off by one", ((SEQUENCE, "row(sees(last) + left + 1)", "row(sees(last) + left)"),), "backward"),
     Mutant("dropout words of the other key", ((MODIFIERS, "const int wanted = mine ^ other;", "const int wanted = other;"),), "backward"),
 ]  # fmt: skip
