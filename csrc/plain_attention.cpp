@@ -1,6 +1,6 @@
-// The calls that most programs make, attention, decode steps and draws on dense CPU tensors, straight from the interpreter
-// to the kernel. Whatever is not plain, or not understood, is answered with None: the caller then takes the long way,
-// which checks and explains.
+// The calls that most programs make, attention, decode steps and draws on dense CPU tensors, straight from the
+// interpreter to the kernel. Whatever is not plain, or not understood, is answered with None: the caller then takes the
+// long way, which checks and explains.
 #include "plain_attention.h"
 
 #include <cstdlib>
