@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+from gpu_tables import cuda_table, mutants_table, triton_table
 from measure import RESULTS, ROOT
 
 PLOT = RESULTS / "attention.svg"
@@ -279,6 +280,7 @@ def digest() -> str:
 TABLES = {
     "README.md": {"attention": attention_table, "sampling": sampling_table, "generate": generate_table},
     "docs/drop-in.md": {"models": models_table},
+    "docs/gpu.md": {"gpu_static": cuda_table, "cuda_mutants": mutants_table, "triton_static": triton_table},
 }
 
 

@@ -132,11 +132,15 @@ struct RmsNormParams {
   int nthreads;
 };
 
-struct SiluMulParams {
-  const float* gate_up;  // (tokens, 2 * ffn), unit stride along the columns, gate first
-  float* out;            // (tokens, ffn) contiguous
-  int64_t stride_gate_up;
+enum class Activation : int32_t { silu = 0, gelu = 1, gelu_tanh = 2, relu = 3 };
+
+struct ActivateParams {
+  const float* x;  // (tokens, ffn), or if gated (tokens, 2 * ffn), gate first; unit stride along the columns
+  float* out;      // (tokens, ffn) contiguous
+  int64_t stride_x;
   int64_t tokens, ffn;
+  Activation kind;
+  bool gated;
   int nthreads;
 };
 

@@ -20,6 +20,12 @@
 
 #include <cstdint>
 
+#ifdef __CUDACC__
+#define FASTATTN_HOST_DEVICE __host__ __device__
+#else
+#define FASTATTN_HOST_DEVICE
+#endif
+
 namespace fastattn {
 namespace {
 
@@ -44,7 +50,7 @@ struct PhiloxBlock {
   uint32_t word[4];
 };
 
-inline PhiloxBlock philox4x32_10(PhiloxBlock c, PhiloxKey key) {
+FASTATTN_HOST_DEVICE inline PhiloxBlock philox4x32_10(PhiloxBlock c, PhiloxKey key) {
   for (int round = 0; round < 10; ++round) {
     const uint64_t a = uint64_t{kPhiloxMul0} * c.word[0], b = uint64_t{kPhiloxMul1} * c.word[2];
     c = {{static_cast<uint32_t>(b >> 32) ^ c.word[1] ^ key.low, static_cast<uint32_t>(b),
@@ -75,6 +81,7 @@ inline double exponential(uint32_t word0, uint32_t word1) {
   return -__builtin_log((bits + 0.5) * 0x1p-52);
 }
 
+#ifndef __CUDACC__
 // kLanes / 2 blocks side by side. A word is in the low half of its 64-bit lane; the high halves hold leftovers, which
 // the products of low halves never see.
 template <class Vec>
@@ -133,6 +140,7 @@ class NoiseLanes {
   PhiloxLanes<Vec> lanes_;
   U64 position_low_, position_high_;
 };
+#endif
 
 // Dropout: element (i, j) of a head is dropped iff its word is below p * 2^32. Tiles and threads do not come in.
 //
@@ -141,7 +149,7 @@ class NoiseLanes {
 //   word    = output word number j % 4
 constexpr uint32_t kDropoutDomain = 0x64726f70u;  // "drop"
 
-inline PhiloxKey dropout_key(uint64_t seed, uint64_t offset) {
+FASTATTN_HOST_DEVICE inline PhiloxKey dropout_key(uint64_t seed, uint64_t offset) {
   const PhiloxBlock counter = {{static_cast<uint32_t>(offset), static_cast<uint32_t>(offset >> 32), 0, kDropoutDomain}};
   const PhiloxBlock block = philox4x32_10(counter, {static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32)});
   return {block.word[0], block.word[1]};

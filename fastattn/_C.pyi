@@ -6,7 +6,7 @@ A view is (address, batch stride, seqlen stride, head stride), strides in elemen
 from torch import Tensor
 
 _View = tuple[int, int, int, int]
-_Tuple = tuple[object, ...]  # nested, see csrc/bindings.cpp
+_Tuple = tuple[object, ...]  # nested, see csrc/binding_params.h
 _PerRow = float | tuple[int]  # a number, or (address,) of one per row
 
 def isas() -> list[str]: ...
@@ -28,11 +28,7 @@ def attention_backward(
     call: _Tuple, out: _View, lse: tuple[int, int, int], dout: _View, dlse: int, delta: int, dq: _View, dk: _View,
     dv: _View, dbias: _Tuple | None,
 ) -> None: ...  # fmt: skip
-def append_kv(
-    q: _View, q_out: _View, k: _View, v: _View, k_cache: _View, v_cache: _View, kv: _Tuple,
-    rotary_cos: int, rotary_sin: int, sizes: tuple[int, int, int, int, int, int, int, int],
-    interleaved: bool, q_per_row: bool, dtype: int, kv_dtype: int, nthreads: int,
-) -> None: ...  # fmt: skip
+def append_kv(call: _Tuple) -> None: ...
 def packed_linear_floats(in_features: int, out_features: int, dtype: int) -> int: ...
 def pack_linear(
     weight: int, stride_weight: int, bias: int, packed: int, in_features: int, out_features: int, dtype: int,
@@ -45,7 +41,9 @@ def linear(
 def rms_norm(
     x: int, stride_x: int, weight: int, out: int, tokens: int, hidden: int, eps: float, nthreads: int
 ) -> None: ...
-def silu_mul(gate_up: int, stride_gate_up: int, out: int, tokens: int, ffn: int, nthreads: int) -> None: ...
+def activate(
+    x: int, stride_x: int, out: int, tokens: int, ffn: int, kind: int, gated: bool, nthreads: int
+) -> None: ...
 def sample(
     logits: int, stride_batch: int, batch: int, vocab: int, dtype: int, temperature: _PerRow, top_k: _PerRow,
     top_p: _PerRow, min_p: _PerRow, seeds: _PerRow, positions: _PerRow, edits: tuple[object, ...] | None,

@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 from pairs import SEED
+from simt.emulator import Emulator, compile_bindings, compile_units, link
+from simt.machines import MACHINES, Gpu
 from tree import copy_tree
 
 import fastattn
@@ -44,3 +46,22 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     target = tmp_path_factory.mktemp("source") / "fastattn"
     copy_tree(target)
     return target
+
+
+@pytest.fixture(scope="session")
+def cuda_bindings(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """``csrc/bindings_cuda.cpp``, compiled: the part of an emulated module that no kernel changes."""
+    return compile_bindings(tmp_path_factory.mktemp("bindings"))
+
+
+@pytest.fixture(scope="session")
+def emulator(tmp_path_factory: pytest.TempPathFactory, cuda_bindings: Path) -> Emulator:
+    """The CUDA kernels, compiled for the CPU."""
+    folder = tmp_path_factory.mktemp("simt")
+    return Emulator(link(folder, cuda_bindings, compile_units(folder)))
+
+
+@pytest.fixture(params=MACHINES)
+def machine(request: pytest.FixtureRequest) -> Emulator | Gpu:
+    """Where CUDA kernels run: emulated, and on the GPU where there is one."""
+    return Gpu() if request.param == "gpu" else request.getfixturevalue("emulator")

@@ -14,7 +14,7 @@ struct KernelTable {
   void (*pack_linear)(const PackLinearParams&);
   void (*linear)(const LinearParams&);
   void (*rms_norm)(const RmsNormParams&);
-  void (*silu_mul)(const SiluMulParams&);
+  void (*activate)(const ActivateParams&);
   void (*sample)(const SamplingParams&);
   double (*fma_loop)(int64_t iterations, int nthreads);  // benchmarks' limits: limits.h
   double (*read_loop)(const float* data, int64_t floats, int nthreads);

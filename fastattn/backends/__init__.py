@@ -15,10 +15,10 @@ from types import ModuleType
 from torch import Tensor
 
 from fastattn.args import AttentionArgs, KVAppendArgs, SamplingArgs
-from fastattn.backends import cpu, reference, triton
+from fastattn.backends import cpu, cuda, reference, triton
 
 # Best first: the order in which "auto" asks.
-BACKENDS: dict[str, ModuleType] = {module.NAME: module for module in (cpu, triton, reference)}
+BACKENDS: dict[str, ModuleType] = {module.NAME: module for module in (cuda, cpu, triton, reference)}
 
 
 def available_backends() -> dict[str, str | None]:

@@ -1,0 +1,209 @@
+"""What can be said of the CUDA kernels without a GPU: registers, spills, occupancy, what main loops are made of.
+
+``python benchmarks/gpu_static.py --save`` compiles every instantiation for every architecture and writes
+``results/gpu_static.json``. Nothing here is a speed: no TFLOP/s follow from these figures. They are exact for a given
+ptxas, so a budget can hold them: ``tests/test_cuda_build.py``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import json
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any, NamedTuple
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results" / "gpu_static.json"
+ARCHITECTURES = ("80", "86", "89", "90a", "100a", "120")
+HEADDIMS = (32, 64, 96, 128, 192, 256)
+THREADS = 128  # csrc/cuda/traits.cuh, kThreads
+
+
+class Chip(NamedTuple):
+    """What a multiprocessor has, from the CUDA programming guide's table of technical specifications."""
+
+    registers: int
+    shared_bytes: int
+    warps: int
+    blocks: int
+
+
+CHIPS = {
+    "80": Chip(65536, 164 << 10, 64, 32),
+    "86": Chip(65536, 100 << 10, 48, 16),
+    "89": Chip(65536, 100 << 10, 48, 24),
+    "90a": Chip(65536, 228 << 10, 64, 32),
+    "100a": Chip(65536, 228 << 10, 64, 32),
+    "120": Chip(65536, 100 << 10, 48, 24),
+}
+
+
+def find_tool(name: str) -> str | None:
+    """nvcc or nvdisasm: on PATH, of the pip packages nvidia-cuda-*, or nvdisasm as triton brings it."""
+    if found := shutil.which(name):
+        return found
+    for folder in map(Path, sys.path):
+        for pattern in (f"nvidia/cu1*/bin/{name}", f"triton/backends/nvidia/bin/{name}"):
+            for path in sorted(folder.glob(pattern)):
+                return str(path)
+    return None
+
+
+def compile_cubin(
+    architecture: str, headdim: int, dtype: str, folder: Path, unit: str = "forward"
+) -> tuple[Path, str]:
+    """Every kernel of one headdim, dtype and unit, forward or backward; and what ptxas says. Warnings are errors."""
+    target = folder / f"{architecture}_{headdim}_{dtype}_{unit}.cubin"
+    command = [
+        find_tool("nvcc") or "nvcc", "-std=c++17", "-O3", f"-arch=sm_{architecture}", "-cubin", f"-I{ROOT / 'csrc'}",
+        f"-DFASTATTN_HEADDIM={headdim}", f"-DFASTATTN_CUDA_TYPES={dtype}_t", "-Werror", "all-warnings",
+        "-Xptxas", "-v", "-o", str(target), str(ROOT / f"csrc/cuda/{unit}.cu"),
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"nvcc failed for sm_{architecture}:\n{done.stdout}{done.stderr}")
+    return target, done.stderr + done.stdout
+
+
+def resources(log: str) -> dict[str, dict[str, int]]:
+    """Registers and spilled bytes of every kernel, by its mangled name, from ptxas -v."""
+    found: dict[str, dict[str, int]] = {}
+    for name, body in re.findall(
+        r"Compiling entry function '(\S+)'(.*?)(?=Compiling entry function|\Z)", log, re.DOTALL
+    ):
+        stores, loads = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", body).groups()  # type: ignore[union-attr]
+        registers = re.search(r"Used (\d+) registers", body)[1]  # type: ignore[index]
+        found[name] = {"registers": int(registers), "spill_bytes": int(stores) + int(loads)}
+    return found
+
+
+def resident_warps(chip: Chip, registers: int, shared_bytes: int) -> int:
+    """Warps that fit a multiprocessor: registers go by 256 per warp, a block costs 1 KiB of shared memory more."""
+    warps = THREADS // 32
+    by_registers = chip.registers // (-(-registers * 32 // 256) * 256) // warps
+    by_shared = chip.shared_bytes // (-(-(shared_bytes + 1024) // 128) * 128)
+    return min(by_registers, by_shared, chip.warps // warps, chip.blocks) * warps
+
+
+INSTRUCTION = re.compile(r"\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P[0-9T]+\s+)?([A-Z0-9_]+(?:\.[A-Za-z0-9_]+)*)")
+TENSOR = ("HMMA", "HGMMA", "UTCHMMA")
+GLOBAL = ("LDG", "STG", "LDGSTS", "LD", "ST")
+
+
+def operations(lines: list[str]) -> list[str]:
+    """The opcodes with their modifiers, NOP left out."""
+    found = [match[1] for line in lines if (match := INSTRUCTION.match(line))]
+    return [name for name in found if not name.startswith("NOP")]
+
+
+def main_loop(lines: list[str]) -> list[str]:
+    """The loop with the most tensor instructions; of several the shortest, which is the one without masks."""
+    places = {match[1]: i for i, line in enumerate(lines) if (match := re.match(r"^(\.L_x_\d+):", line))}
+    loops = []
+    for i, line in enumerate(lines):
+        match = re.search(r"BRA.*`\((\.L_x_\d+)\)", line)
+        if match and places.get(match[1], i) < i:
+            body = operations(lines[places[match[1]] : i + 1])
+            tensor = sum(name.split(".")[0] in TENSOR for name in body)
+            loops.append((-tensor, len(body), body))
+    return min(loops)[2] if loops else []
+
+
+def describe(mangled: str) -> dict[str, Any] | None:
+    """Headdim, rows of a tile, policy and shared memory of an attention kernel, from its template arguments."""
+    if match := re.search(
+        r"attention_forward.*?6TraitsILi(\d+)ELi(\d+)EE.*?6PolicyILb(\d)ELb(\d)ELb(\d)ELb(\d)EE", mangled
+    ):
+        headdim, row_tiles, *flags = map(int, match.groups())
+        kernel, names = "forward", ("modifiers", "dropout", "pages", "splits")
+        keys = 64 if headdim <= 64 else 32
+        shared_bytes = (64 * row_tiles + 4 * keys) * headdim * 2  # csrc/cuda/traits.cuh, kSharedBytes
+    elif match := re.search(
+        r"(query|key)_gradients.*?14BackwardTraitsILi(\d+)EE.*?14BackwardPolicyILb(\d)ELb(\d)ELNS0_9GradientsE(\d)EE",
+        mangled,
+    ):
+        headdim, *flags, gradients = map(int, match.groups()[1:])
+        row_tiles = 1
+        kernel = "dQ" if match[1] == "query" else ("dK and dV", "dK", "dV")[gradients]
+        names = ("modifiers", "dropout")
+        lines = 64 if headdim <= 64 else 32 if headdim <= 128 else 16
+        shared_bytes = 2 * 64 * headdim * 2 + 2 * (2 * lines * headdim * 2 + lines * 8)  # attention_bwd.cuh
+    else:
+        return None
+    policy = " ".join(n for n, on in zip(names, flags) if on) or "plain"
+    return {
+        "kernel": f"{kernel} {policy}",
+        "headdim": headdim,
+        "rows": 64 * row_tiles,
+        "shared_bytes": shared_bytes,
+    }
+
+
+def report(
+    architecture: str, headdim: int, dtype: str, folder: Path, unit: str = "forward"
+) -> list[dict[str, Any]]:
+    """One row per attention kernel of a unit."""
+    cubin, log = compile_cubin(architecture, headdim, dtype, folder, unit)
+    disassembler = find_tool("nvdisasm") or "nvdisasm"
+    text = subprocess.run([disassembler, "-c", str(cubin)], capture_output=True, text=True, check=True).stdout
+    rows = []
+    for name, used in resources(log).items():
+        about = describe(name)
+        if about is None:
+            continue
+        lines = re.split(r"\n\s*\.section", text[text.index(f".text.{name}:") :])[0].split("\n")
+        accesses = [x for x in operations(lines) if x.split(".")[0] in GLOBAL and x.split(".")[0] != "LD"]
+        loop = main_loop(lines)
+        kinds = collections.Counter(x.split(".")[0] for x in loop)
+        tensor = sum(kinds[kind] for kind in TENSOR)
+        rows.append(
+            {"architecture": f"sm_{architecture}", "dtype": dtype, **about, **used}
+            | {
+                "resident_warps": resident_warps(
+                    CHIPS[architecture], used["registers"], about["shared_bytes"]
+                )
+            }
+            | {"wide_accesses": round(sum(".128" in x for x in accesses) / len(accesses), 3)}
+            | {"tensor": next(kind for kind in TENSOR if kinds[kind]), "tensor_in_loop": tensor}
+            | {"instructions_per_tensor": round(len(loop) / tensor, 2)}
+        )
+    return rows
+
+
+# Headdim 64 everywhere; on sm_80 every headdim, and both dtypes, which differ in one instruction's operand.
+TABLE = [
+    *(("80", headdim, "f16") for headdim in HEADDIMS),
+    *(("80", headdim, "bf16") for headdim in (64, 128)),
+    *((architecture, 64, "f16") for architecture in ARCHITECTURES if architecture != "80"),
+]
+
+
+def main() -> None:
+    """The whole table, printed and saved if asked."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--save", action="store_true")
+    save = parser.parse_args().save
+    rows = []
+    with tempfile.TemporaryDirectory() as name:
+        for architecture, headdim, dtype in TABLE:
+            for unit in ("forward", "backward"):
+                for row in report(architecture, headdim, dtype, Path(name), unit):
+                    print(*row.values(), flush=True)
+                    rows.append(row)
+    if save:
+        version = subprocess.run(
+            [find_tool("nvcc") or "nvcc", "--version"], capture_output=True, text=True
+        ).stdout
+        release = re.search(r"V([\d.]+)", version)
+        table = {"nvcc": release[1] if release else None, "kernels": rows}
+        RESULTS.write_text(json.dumps(table, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

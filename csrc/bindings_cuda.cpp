@@ -1,0 +1,68 @@
+// The Python face of the CUDA kernels: integers in (addresses, shapes, strides, a stream), no torch header.
+#include <pybind11/pybind11.h>
+
+#include <stdexcept>
+#include <string>
+
+#include "binding_params.h"
+#include "cuda/launch.h"
+
+namespace fastattn {
+namespace {
+
+void check(const char* what, int error) {
+  if (error != 0) throw std::runtime_error(std::string(what) + ": " + cuda_error_text(error));
+}
+
+py::tuple plan(const py::tuple& call) {
+  const SplitPlan plan = plan_splits(attention_params(call));
+  return py::make_tuple(plan.splits, plan.padded_rows);
+}
+
+void attention_forward(const py::tuple& call, const py::tuple& out, const py::tuple& lse, uintptr_t partial_out,
+                       uintptr_t partial_lse, uintptr_t stream) {
+  AttentionParams p = attention_params(call);
+  p.out = view(out);
+  fill_lse(lse, &p);
+  int error;
+  {
+    py::gil_scoped_release release;
+    error = cuda_attention_forward(p, pointer<float>(partial_out), pointer<float>(partial_lse), pointer<void>(stream));
+  }
+  check("attention_forward", error);
+}
+
+void attention_backward(const py::tuple& call, const py::tuple& out, const py::tuple& lse, const py::tuple& dout,
+                        uintptr_t dlse, uintptr_t delta, const py::tuple& dq, const py::tuple& dk, const py::tuple& dv,
+                        const py::object& dbias, uintptr_t stream) {
+  const AttentionBackwardParams p = backward_params(call, out, lse, dout, dlse, delta, dq, dk, dv, dbias);
+  int error;
+  {
+    py::gil_scoped_release release;
+    error = cuda_attention_backward(p, pointer<void>(stream));
+  }
+  check("attention_backward", error);
+}
+
+void append_kv(const py::tuple& call, uintptr_t stream) {
+  const KVAppendParams p = append_params(call);
+  int error;
+  {
+    py::gil_scoped_release release;
+    error = cuda_append_kv(p, pointer<void>(stream));
+  }
+  check("append_kv", error);
+}
+
+}  // namespace
+}  // namespace fastattn
+
+PYBIND11_MODULE(_cuda, m) {
+  using namespace fastattn;
+  m.doc() = "fastattn's CUDA kernels. Arguments are trusted: call fastattn.attention instead.";
+  m.def("architectures", &cuda_architectures, "What the kernels were compiled for, as nvcc names it.");
+  m.def("plan_splits", &plan, "(splits, padded_rows) of a call: the partial results that it needs room for.");
+  m.def("attention_forward", &attention_forward);
+  m.def("attention_backward", &attention_backward);
+  m.def("append_kv", &append_kv);
+}

@@ -1,0 +1,30 @@
+// What the host may ask of the GPU. Nothing here allocates or synchronises, so all of it can be captured in a graph.
+#pragma once
+
+#include "params.h"
+
+namespace fastattn {
+
+// How the keys of few queries are split among blocks, and what the partial results need: floats
+// (splits, batch, nheads_k, padded_rows, headdim_v) and (splits, batch, nheads_k, padded_rows). splits = 1: nothing.
+struct SplitPlan {
+  int splits, padded_rows;
+};
+
+const char* cuda_error_text(int error);
+const char* cuda_architectures();  // "sm_80 sm_90 ..."
+
+SplitPlan plan_splits(const AttentionParams& p);
+
+// q, k, v and out are f16 or bf16; headdim and headdim_v are multiples of 8 up to 256, addresses and strides (of v too)
+// are multiples of 16 bytes; alibi_slopes and sinks are float. Returns a cudaError_t.
+int cuda_attention_forward(const AttentionParams& p, float* partial_out, float* partial_lse, void* stream);
+
+// As above, of a call that is neither paged nor in a cache; dq, dk and dv are of q's dtype, and as dense as q, k and v.
+// dbias, where wanted, is float (batch, nheads, seqlen_q, seqlen_k) of zeros. The same bits every time.
+int cuda_attention_backward(const AttentionBackwardParams& call, void* stream);
+
+// All of one 16-bit dtype; kv.seqlens says where each sequence of the cache ends. Returns a cudaError_t.
+int cuda_append_kv(const KVAppendParams& p, void* stream);
+
+}  // namespace fastattn

@@ -1,0 +1,63 @@
+// The shapes of tiles and how they lie in shared memory.
+#pragma once
+
+#include "cuda/ptx.h"
+
+namespace fastattn {
+namespace {
+
+constexpr float kInfinity = __builtin_huge_valf();
+constexpr float kLowestFloat = -3.402823466e38f;
+constexpr double kLog2e = 1.4426950408889634;
+constexpr float kLn2 = 0.6931471805599453f;
+
+struct alignas(16) Float4 {
+  float value[4];
+};
+template <class T>
+struct alignas(16) Eight {  // 16-bit elements
+  T value[8];
+};
+
+constexpr int kWarps = 4, kThreads = 32 * kWarps;
+constexpr int kPanelBytes = 64;  // a row of a panel: 4 chunks of 16 bytes
+
+// A tile lies as panels of 32 columns, 64 bytes a row, two rows to the 128 bytes that are all banks. The chunks of a
+// row are permuted by its pair's number, and odd panels swap the rows of a pair, so that the 8 rows of an 8x8 matrix,
+// and the 8 neighbouring chunks of a row, both fall into different banks.
+template <int kTileRows>
+FASTATTN_DEVICE uint32_t chunk_offset(int row, int chunk) {
+  const int panel = chunk / 4;
+  return static_cast<uint32_t>(panel * kTileRows * kPanelBytes + (row ^ (panel & 1)) * kPanelBytes +
+                               ((chunk % 4) ^ (row / 2 % 4)) * 16);
+}
+
+// The same for the lane that brings row `row`, chunk `chunk` (0 or 1) of the first columns. The 16 columns from 16 n on
+// are at panel_offset(n) + (lane's address ^ panel_turn(n)), which costs one instruction for every fourth n.
+FASTATTN_DEVICE uint32_t lane_offset(int row, int chunk) {
+  return static_cast<uint32_t>(row * kPanelBytes + (chunk ^ (row / 2 % 4)) * 16);
+}
+FASTATTN_DEVICE constexpr uint32_t panel_turn(int n) { return static_cast<uint32_t>(n % 4) * 32; }
+template <int kTileRows>
+FASTATTN_DEVICE constexpr uint32_t panel_offset(int n) {
+  return static_cast<uint32_t>(n / 2 * kTileRows * kPanelBytes);
+}
+
+// kDim: the headdim, padded; kRowTiles: 16-row tiles of each warp.
+template <int kDim_, int kRowTiles_>
+struct Traits {
+  static constexpr int kDim = kDim_, kRowTiles = kRowTiles_;
+  static constexpr int kWarpRows = 16 * kRowTiles, kRows = kWarps * kWarpRows;
+  static constexpr int kKeys = kDim <= 64 ? 64 : 32;
+  static constexpr int kStages = 2;
+  static constexpr int kChunks = kDim / 8;                  // of 16 bytes in a row
+  static constexpr int kRowLanes = kDim % 64 == 0 ? 8 : 4;  // threads that copy one row
+  static constexpr int kCopyRows = kThreads / kRowLanes;    // rows that all threads copy at once
+  static constexpr int kCopyColumns = kChunks / kRowLanes;  // copies of a thread in one row
+  static constexpr uint32_t kQueryBytes = kRows * kDim * 2, kTileBytes = kKeys * kDim * 2;
+  static constexpr int kSharedBytes = static_cast<int>(kQueryBytes + kStages * 2 * kTileBytes);
+  static constexpr bool kQueryInRegisters = kDim * kRowTiles <= 64;  // else its fragments are read again for every tile
+};
+
+}  // namespace
+}  // namespace fastattn

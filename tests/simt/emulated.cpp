@@ -1,0 +1,43 @@
+// The launches of csrc/cuda, compiled for the emulator; its switch between fibers; and what tests ask of it: plain C,
+// for ctypes.
+#include "cuda/launch.cu"
+
+#ifdef __x86_64__
+asm(".globl simt_switch\n"
+    "simt_switch:\n"
+    "push %rbp\npush %rbx\npush %r12\npush %r13\npush %r14\npush %r15\n"
+    "mov %rsp,(%rdi)\nmov %rsi,%rsp\n"
+    "pop %r15\npop %r14\npop %r13\npop %r12\npop %rbx\npop %rbp\nret\n");
+#endif
+
+extern "C" {
+
+// A fresh machine. seed 0: threads and blocks in order. landing: 0 at the wait, 1 at issue, 2 anywhere between.
+void simt_reset(uint64_t seed, int landing) {
+  simt::machine.random_state = seed * 2654435761u + 88172645463325252ull;
+  simt::machine.shuffled = seed != 0;
+  simt::machine.landing = static_cast<simt::Landing>(landing);
+  for (long& count : simt::machine.faults) count = 0;
+  simt::machine.report.clear();
+  simt::machine.mmas = simt::machine.switches = 0;
+  simt::global.clear();
+  simt::banks.clear();
+}
+
+// A tensor that kernels may read, or read and write.
+void simt_allow(const void* data, size_t bytes, int writable) { simt::global.add(data, bytes, writable != 0); }
+
+void simt_faults(long* counts) {
+  for (int i = 0; i < simt::kFaults; ++i) counts[i] = simt::machine.faults[i];
+}
+const char* simt_report() { return simt::machine.report.c_str(); }
+
+// The worst access site's cycles per phase, 1 = no bank conflict; and all sites, "file:line factor".
+double simt_bank_factor() { return simt::banks.worst(); }
+const char* simt_bank_table() {
+  static std::string text;
+  text = simt::banks.table();
+  return text.c_str();
+}
+long simt_mmas() { return simt::machine.mmas; }
+}

@@ -1,0 +1,55 @@
+"""Where the CUDA kernels run in tests: in the emulator, and on a GPU where there is one. Tensors go in and come out on the CPU."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastattn.args import AttentionArgs, KVAppendArgs
+from fastattn.backends import cuda
+
+MACHINES = ["emulated", "gpu"] if torch.cuda.is_available() else ["emulated"]
+
+
+class Gpu:
+    """The interface of ``Emulator``, on the real thing: schedules and landings are what they are."""
+
+    def attention(
+        self, args: AttentionArgs, seed: int = 1, landing: str = "between"
+    ) -> tuple[Tensor, Tensor | None]:
+        out, lse = cuda.attention(_moved(args))
+        return out.cpu(), None if lse is None else lse.cpu()
+
+    def attention_backward(
+        self, args: AttentionArgs, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None = None,
+        seed: int = 1, landing: str = "between",
+    ) -> tuple[Tensor | None, ...]:  # fmt: skip
+        given = [None if x is None else x.cuda() for x in (out, lse, dout, dlse)]
+        grads = cuda.attention_backward(_moved(args), *given, needs_dbias=args.attn_bias is not None)  # type: ignore[arg-type]
+        return tuple(None if x is None else x.cpu() for x in grads)
+
+    def append_kv(self, args: KVAppendArgs, seed: int = 1) -> tuple[Tensor, Tensor]:
+        moved = _moved(args)
+        q, seqlens = cuda.append_kv(moved)
+        args.k_cache.copy_(moved.k_cache)
+        args.v_cache.copy_(moved.v_cache)
+        return q.cpu(), seqlens.cpu()
+
+    def faults(self) -> dict[str, int]:
+        torch.cuda.synchronize()  # an illegal access is an error here
+        return {}
+
+    def report(self) -> str:
+        return ""
+
+
+def _moved(args: Any) -> Any:
+    tensors = {
+        name: x.cuda()
+        for name in args.__slots__
+        if isinstance(x := getattr(args, name), Tensor) and name != "rng_state"
+    }
+    return replace(args, **tensors)

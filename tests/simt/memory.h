@@ -1,0 +1,293 @@
+// The memories of the emulated machine, and who may touch what when.
+//
+// Every access of a kernel comes through here. Shared memory has a shadow per 4-byte word, written global memory one
+// per 2 bytes: the last writer and the readers since, in epochs of the block's barriers and of each warp's. Two
+// accesses of which one writes are ordered only by a barrier between them; that the schedule at hand did not show the
+// race does not matter.
+#pragma once
+
+#include <cstring>
+#include <map>
+#include <memory>
+
+#include "fibers.h"
+
+namespace simt {
+
+struct Conflicts {  // of one access site: 1 cycle per phase is the best there is
+  long phases = 0, cycles = 0;
+};
+
+// The last write to a place and the reads since.
+struct History {
+  static constexpr int kNobody = -1, kSeveralWarps = -2;
+  int writer = kNobody, reader_warp = kNobody, reader = kNobody;  // reader: kNobody also when several lanes read
+  uint32_t write_epoch = 0, write_warp_epoch = 0, read_epoch = 0, read_warp_epoch = 0;
+
+  // Whether an access by `thread` now comes after what happened at those epochs.
+  static bool ordered(int by, uint32_t at, uint32_t at_warp) {
+    const int thread = machine.current->thread;
+    if (by == kNobody || by == thread || at < machine.epoch) return true;
+    return by / 32 == thread / 32 && at_warp < machine.warp().epoch;
+  }
+
+  bool read() {
+    const bool fine = ordered(writer, write_epoch, write_warp_epoch);
+    const int thread = machine.current->thread;
+    if (read_epoch != machine.epoch || reader_warp == kNobody) {
+      reader_warp = thread / 32;
+      reader = thread;
+    } else if (reader_warp != thread / 32) {
+      reader_warp = kSeveralWarps;
+    } else if (reader != thread) {
+      reader = kNobody;
+    }
+    read_epoch = machine.epoch;
+    read_warp_epoch = machine.warp().epoch;
+    return fine;
+  }
+
+  bool write() {
+    const int thread = machine.current->thread;
+    bool fine = ordered(writer, write_epoch, write_warp_epoch);
+    if (reader_warp != kNobody && read_epoch == machine.epoch && reader != thread)
+      fine &= reader_warp == thread / 32 && read_warp_epoch < machine.warp().epoch;
+    writer = thread;
+    write_epoch = machine.epoch;
+    write_warp_epoch = machine.warp().epoch;
+    reader_warp = reader = kNobody;
+    return fine;
+  }
+};
+
+class SharedMemory {
+ public:
+  uint32_t base = 0;  // the address of the first byte
+
+  void reset(size_t bytes) {
+    // As aligned as hardware promises, and not more.
+    base = 128 * static_cast<uint32_t>(1 + machine.random() % 8);
+    bytes_.assign(bytes, 0xFF);  // NaN in every format
+    words_.assign(bytes / 4, Word{});
+  }
+
+  bool inside(uint32_t address, uint32_t bytes, Site site) {
+    if (address % bytes) machine.fault(kAlignment, "misaligned shared address", site);
+    if (address >= base && address - base + bytes <= bytes_.size()) return address % bytes == 0;
+    machine.fault(kSharedBounds, "shared memory out of bounds", site);
+    return false;
+  }
+
+  void read(uint32_t address, void* out, uint32_t bytes, Site site) {
+    memset(out, 0xFF, bytes);
+    if (!inside(address, bytes, site)) return;
+    for (uint32_t i = 0; i < bytes; i += 4) {
+      Word& word = words_[(address - base + i) / 4];
+      if (word.flight != History::kNobody) machine.fault(kInFlight, "read of a copy in flight", site);
+      if (word.history.writer == History::kNobody)
+        machine.fault(kUninitialised, "read of shared memory never written", site);
+      if (!word.history.read()) machine.fault(kSharedRace, "shared read races with a write", site);
+    }
+    memcpy(out, &bytes_[address - base], bytes);
+  }
+
+  void write(uint32_t address, const void* data, uint32_t bytes, Site site) {
+    if (!inside(address, bytes, site)) return;
+    claim(address, bytes, site);
+    memcpy(&bytes_[address - base], data, bytes);
+  }
+
+  // A copy to these 16 bytes begins: until it is waited for nobody may touch them, and what they hold is NaN.
+  void begin_copy(uint32_t address, Site site) {
+    if (!inside(address, 16, site)) return;
+    claim(address, 16, site);
+    for (uint32_t i = 0; i < 16; i += 4) words_[(address - base + i) / 4].flight = machine.current->thread;
+    memset(&bytes_[address - base], 0xFF, 16);
+  }
+
+  void land(uint32_t address, const void* data) {
+    if (address >= base && address - base + 16 <= bytes_.size()) memcpy(&bytes_[address - base], data, 16);
+  }
+
+  void end_copy(uint32_t address, Site site) {
+    if (!inside(address, 16, site)) return;
+    for (uint32_t i = 0; i < 16; i += 4) {
+      Word& word = words_[(address - base + i) / 4];
+      word.flight = History::kNobody;
+      word.history.write();  // from here on it counts as a write of the thread that waited
+    }
+  }
+
+ private:
+  struct Word {
+    History history;
+    int flight = History::kNobody;
+  };
+
+  void claim(uint32_t address, uint32_t bytes, Site site) {
+    for (uint32_t i = 0; i < bytes; i += 4) {
+      Word& word = words_[(address - base + i) / 4];
+      if (word.flight != History::kNobody) machine.fault(kInFlight, "write to a copy in flight", site);
+      if (!word.history.write()) machine.fault(kSharedRace, "shared write races with another access", site);
+    }
+  }
+
+  std::vector<unsigned char> bytes_;
+  std::vector<Word> words_;
+};
+
+inline SharedMemory shared;
+
+class GlobalMemory {
+ public:
+  void clear() { regions_.clear(); }
+  void add(const void* data, size_t bytes, bool writable) {
+    if (!data || !bytes) return;
+    Region region{reinterpret_cast<uintptr_t>(data), bytes, writable, {}};
+    if (writable) region.places.resize((bytes + 1) / 2);
+    regions_.push_back(std::move(region));
+  }
+  // A launch begins: what earlier ones did is done.
+  void begin_launch() {
+    for (Region& region : regions_)
+      for (Place& place : region.places) place = Place{};
+  }
+
+  bool read(const void* pointer, uint32_t bytes, Site site) {
+    Region* region = find(pointer, bytes, site);
+    if (region && region->writable) touch(*region, pointer, bytes, false, site);
+    return region;
+  }
+  bool write(void* pointer, uint32_t bytes, Site site) {
+    Region* region = find(pointer, bytes, site);
+    if (region && !region->writable) machine.fault(kGlobalBounds, "write to an input", site);
+    if (!region || !region->writable) return false;
+    touch(*region, pointer, bytes, true, site);
+    return true;
+  }
+
+ private:
+  struct Place {
+    int block = History::kNobody, reader_block = History::kNobody;
+    History history;
+  };
+  struct Region {
+    uintptr_t begin;
+    size_t bytes;
+    bool writable;
+    std::vector<Place> places;
+  };
+
+  Region* find(const void* pointer, uint32_t bytes, Site site) {
+    const uintptr_t at = reinterpret_cast<uintptr_t>(pointer);
+    if (at % bytes) {
+      machine.fault(kAlignment, "misaligned global address", site);
+      return nullptr;
+    }
+    for (Region& region : regions_)
+      if (at >= region.begin && at + bytes <= region.begin + region.bytes) return &region;
+    machine.fault(kGlobalBounds, "global memory out of bounds", site);
+    return nullptr;
+  }
+
+  void touch(Region& region, const void* pointer, uint32_t bytes, bool write, Site site) {
+    const size_t first = (reinterpret_cast<uintptr_t>(pointer) - region.begin) / 2;
+    for (size_t i = first; i < first + (bytes + 1) / 2; ++i) {
+      Place& place = region.places[i];
+      bool fine = place.block == History::kNobody || place.block == machine.block;
+      if (write) fine &= place.reader_block == History::kNobody || place.reader_block == machine.block;
+      if (place.block != machine.block && place.reader_block != machine.block) place.history = History{};
+      fine &= write ? place.history.write() : place.history.read();
+      (write ? place.block : place.reader_block) = machine.block;
+      if (!fine) machine.fault(kGlobalRace, write ? "global write races" : "global read races with a write", site);
+    }
+  }
+
+  std::vector<Region> regions_;
+};
+
+inline GlobalMemory global;
+
+// Bank conflicts by site. A warp's lanes come one by one: the n-th access of a lane at a site belongs to the warp's
+// n-th.
+class BankCounter {
+ public:
+  void clear() { sites_.clear(); }
+  void reset_block() { open_.clear(); }
+
+  // One phase: the cycles of those lanes' accesses are the most distinct words that fall into one bank.
+  void phase(Site site, const uint32_t* addresses, int lanes, uint32_t bytes) {
+    int most = 1, used[32] = {};
+    uint32_t words[32 * 4];
+    int count = 0;
+    for (int lane = 0; lane < lanes; ++lane)
+      for (uint32_t i = 0; i < bytes; i += 4) {
+        const uint32_t word = (addresses[lane] + i) / 4;
+        bool known = false;
+        for (int k = 0; k < count; ++k) known |= words[k] == word;
+        if (known) continue;
+        words[count++] = word;
+        const int ways = ++used[word % 32];
+        most = ways > most ? ways : most;
+      }
+    Conflicts& conflicts = sites_[site.line * 64 + file_number(site.file)];
+    ++conflicts.phases;
+    conflicts.cycles += most;
+  }
+
+  void access(Site site, uint32_t address, uint32_t bytes) {
+    const int warp = machine.current->thread / 32, lane = machine.lane();
+    Open& open = open_[{warp, site.line * 64 + file_number(site.file)}];
+    const size_t nth = open.seen[lane]++;
+    if (open.rows.size() <= nth) open.rows.resize(nth + 1);
+    Row& row = open.rows[nth];
+    row.address[lane] = address;
+    if (++row.count < 32) return;
+    const int lanes = static_cast<int>(128 / bytes);
+    for (int first = 0; first < 32; first += lanes) phase(site, row.address + first, lanes, bytes);
+  }
+
+  double worst() const {
+    double factor = 1;
+    for (const auto& [key, c] : sites_)
+      factor = std::max(factor, static_cast<double>(c.cycles) / static_cast<double>(c.phases));
+    return factor;
+  }
+  std::string table() const {
+    std::string text;
+    for (const auto& [key, c] : sites_) {
+      char line[160];
+      const char* path = files_[static_cast<size_t>(key % 64)];
+      const char* slash = strrchr(path, '/');
+      snprintf(line, sizeof line, "%s:%d %.3f\n", slash ? slash + 1 : path, key / 64,
+               static_cast<double>(c.cycles) / static_cast<double>(c.phases));
+      text += line;
+    }
+    return text;
+  }
+
+ private:
+  struct Row {
+    uint32_t address[32];
+    int count = 0;
+  };
+  struct Open {
+    size_t seen[32] = {};
+    std::vector<Row> rows;
+  };
+
+  int file_number(const char* file) {
+    for (size_t i = 0; i < files_.size(); ++i)
+      if (files_[i] == file || !strcmp(files_[i], file)) return static_cast<int>(i);
+    files_.push_back(file);
+    return static_cast<int>(files_.size() - 1);
+  }
+
+  std::map<int, Conflicts> sites_;
+  std::map<std::pair<int, int>, Open> open_;
+  std::vector<const char*> files_;
+};
+
+inline BankCounter banks;
+
+}  // namespace simt
