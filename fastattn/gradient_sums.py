@@ -27,7 +27,7 @@ def broadcast_strides(x: Tensor) -> tuple[int, ...]:
 def bias_gradient(bias: Tensor, sums: Tensor) -> Tensor:
     """What ``bias_sums`` holds after the call, in ``bias``' shape and dtype."""
     for dim, size in enumerate(_four(bias)):
-        if size == 1:
+        if size == 1 and sums.shape[dim] != 1:  # a sum over one is a copy, and these are large
             sums = sums.sum(dim, keepdim=True)
     return sums.to(bias.dtype).view(bias.shape)
 
