@@ -433,7 +433,7 @@ MALFORMED = {
     ),
     "architecture": (
         set_key("general.architecture", STRING, "mamba"),
-        "key 'general.architecture': expected one of llama, gpt2, got 'mamba'",
+        "key 'general.architecture': expected one of llama, .*, gpt2, .*, got 'mamba'",
     ),
     "block count": (set_key("llama.block_count", U32, 2), "tensor 'blk.1.attn_q.weight' is missing"),
     "block count huge": (
