@@ -433,7 +433,7 @@ MALFORMED = {
     ),
     "architecture": (
         set_key("general.architecture", STRING, "mamba"),
-        "key 'general.architecture': expected one of llama, gpt2, got 'mamba'",
+        "key 'general.architecture': expected one of llama, .*, gpt2, .*, got 'mamba'",
     ),
     "block count": (set_key("llama.block_count", U32, 2), "tensor 'blk.1.attn_q.weight' is missing"),
     "block count huge": (
@@ -473,11 +473,7 @@ MALFORMED = {
         set_key("llama.rope.dimension_count", U32, 17),
         "expected an even number of at most headdim=16, got 17",
     ),
-    "scaling": (set_key("llama.rope.scaling.type", STRING, "yarn"), "rotary scaling 'yarn' is not supported"),
-    "window": (
-        set_key("llama.attention.sliding_window", U32, 8),
-        "a sliding window shorter than max_seqlen=64",
-    ),
+    "scaling": (set_key("llama.rope.scaling.type", STRING, "longrope"), "rotary scaling 'longrope' is not supported"),
     "matrix for vector": (
         set_tensor("output_norm.weight", dims=[32, 1]),
         r"tensor 'output_norm.weight': expected shape \(32,\), got \(1, 32\)",

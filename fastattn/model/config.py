@@ -7,7 +7,7 @@ An architecture maps its keys once, ``{field: (key in config.json, key in GGUF m
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
 from pathlib import Path
@@ -97,7 +97,7 @@ class ModelConfig:
     embedding_scale: float = 1.0  # of token vectors on their way in
     norm_offset: float = 0.0  # added to RMSNorm's weights as the file has them
     window: int = 0  # tokens that one sees in local layers, itself included; 0: no layer is local
-    local_layers: tuple[int, ...] = ()  # the layers with that window
+    local_layers: Sequence[int] = ()  # the layers with that window
     local_rope: RopeConfig | None = None  # of local layers; None: as in the others
 
 

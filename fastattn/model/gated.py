@@ -7,6 +7,7 @@ q and k permuted, so that the two halves of a rotated pair are neighbours; ``bui
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from fastattn.linear import PackedLinear
@@ -114,7 +115,7 @@ def read_layer_types(config: Fields, nlayers: int, default: tuple[int, ...]) -> 
 
 
 def windowed(
-    config: Fields, key: str, local_layers: tuple[int, ...], default: int | None = None
+    config: Fields, key: str, local_layers: Sequence[int], default: int | None = None
 ) -> dict[str, Any]:
     """``window`` and ``local_layers`` of ModelConfig; none where the key is null, or missing without a default."""
     if config.has(key) or (default and key not in config.values):

@@ -21,6 +21,6 @@ def hf_config(config: Fields, generation_config: Fields) -> ModelConfig:
 
 def gguf_config(fields: Fields, source: TensorSource) -> ModelConfig:
     """From GGUF metadata; a sliding window is one of all layers."""
-    every_layer = tuple(range(fields.integer("llama.block_count")))
+    every_layer = range(fields.integer("llama.block_count"))
     window = gated.windowed(fields, "llama.attention.sliding_window", every_layer)
     return gated.gguf_config(NAME, fields, source, stored_as_pairs=True, **window)

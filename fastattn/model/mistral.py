@@ -17,6 +17,6 @@ DEFAULT_WINDOW = 4096  # where the file does not say; null is no window
 
 def hf_config(config: Fields, generation_config: Fields) -> ModelConfig:
     """From config.json and generation_config.json."""
-    every_layer = tuple(range(config.integer("num_hidden_layers")))
+    every_layer = range(config.integer("num_hidden_layers"))
     window = gated.windowed(config, "sliding_window", every_layer, DEFAULT_WINDOW)
     return gated.hf_config(NAME, config, generation_config, **window)
