@@ -473,7 +473,10 @@ MALFORMED = {
         set_key("llama.rope.dimension_count", U32, 17),
         "expected an even number of at most headdim=16, got 17",
     ),
-    "scaling": (set_key("llama.rope.scaling.type", STRING, "longrope"), "rotary scaling 'longrope' is not supported"),
+    "scaling": (
+        set_key("llama.rope.scaling.type", STRING, "longrope"),
+        "rotary scaling 'longrope' is not supported",
+    ),
     "matrix for vector": (
         set_tensor("output_norm.weight", dims=[32, 1]),
         r"tensor 'output_norm.weight': expected shape \(32,\), got \(1, 32\)",

@@ -17,6 +17,7 @@ from fastattn.args import MAX_HEADDIM
 from fastattn.model.weights import ModelFileError, TensorSource
 
 MAX_INT = 2**31 - 1
+MAX_LAYERS = 1 << 16  # more is a broken file: lists of layers are made before any tensor is looked for
 
 # The names that files use, and ours (fused.ACTIVATIONS).
 ACTIVATION_NAMES = {
@@ -215,7 +216,12 @@ def read_sizes(fields: Fields, keys: Mapping[str, str], **defaults: int) -> dict
         defaults: for keys that the file may lack.
     """
     required = ("vocab_size", "hidden_size", "nlayers", "nheads", "ffn_size", "max_seqlen")
-    sizes = {name: fields.integer(keys[name], defaults.get(name)) for name in required}
+    sizes = {
+        name: fields.integer(
+            keys[name], defaults.get(name), high=MAX_LAYERS if name == "nlayers" else MAX_INT
+        )
+        for name in required
+    }
     hidden_size, nheads = sizes["hidden_size"], sizes["nheads"]
 
     sizes["nheads_k"] = fields.integer(keys["nheads_k"], nheads) if "nheads_k" in keys else nheads
