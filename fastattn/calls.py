@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from fastattn.args import AttentionArgs, KVAppendArgs
+    from fastattn.args import AttentionArgs, KVAppendArgs, LogitBias, LogitEdits, SamplingArgs
 
 DTYPES = {
     torch.float32: 0,
@@ -17,6 +17,10 @@ DTYPES = {
     torch.float64: 3,
     torch.int8: 4,
 }  # csrc/params.h, DType
+_PerRow = float | tuple[int]
+_SamplingCall = tuple[
+    int, int, int, int, int, _PerRow, _PerRow, _PerRow, _PerRow, _PerRow, _PerRow, tuple[Any, ...] | None
+]  # fmt: skip
 _FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # what kernels that compute in float read
 
 
@@ -166,3 +170,63 @@ class AppendCall:
             DTYPES[args.k_cache.dtype],
             torch.get_num_threads(),
         )
+
+
+def sampling_call(args: SamplingArgs) -> _SamplingCall:
+    """What comes in of a call; csrc/binding_params.h, sampling_params."""
+    logits = args.logits
+    batch, vocab = logits.shape
+    return (
+        address(logits),
+        logits.stride(0),
+        batch,
+        vocab,
+        DTYPES[logits.dtype],
+        _number_or_address(args.temperature),
+        _number_or_address(args.top_k),
+        _number_or_address(args.top_p),
+        _number_or_address(args.min_p),
+        _number_or_address(args.seeds),
+        _number_or_address(args.positions),
+        None if args.edits is None else _edits(args.edits),
+    )
+
+
+def _number_or_address(value: float | Tensor) -> float | tuple[int]:
+    return (address(value),) if isinstance(value, Tensor) else value
+
+
+def _edits(edits: LogitEdits) -> tuple[Any, ...]:
+    """csrc/binding_params.h, fill_edits."""
+    return (
+        _number_or_address(edits.repetition_penalty),
+        _number_or_address(edits.presence_penalty),
+        _number_or_address(edits.frequency_penalty),
+        *_seen(edits),
+        *_bias(edits.logit_bias),
+        *_allowed(edits.allowed),
+    )
+
+
+def _seen(edits: LogitEdits) -> tuple[Any, ...]:
+    counts = edits.token_counts
+    if counts is None or isinstance(counts, Tensor):
+        return _rows(counts), _rows(edits.prompt_mask), None, None, 0
+    return None, None, _rows(counts.ids), _rows(counts.counts), address(counts.lengths)
+
+
+def _bias(bias: LogitBias | None) -> tuple[Any, ...]:
+    if isinstance(bias, tuple):
+        ids, values = bias
+        return None, _rows(ids), _rows(values), ids.shape[1]
+    return _rows(bias), None, None, 0
+
+
+def _allowed(allowed: Tensor | None) -> tuple[Any, ...]:
+    if allowed is None or allowed.dtype == torch.bool:
+        return _rows(allowed), None
+    return None, (address(allowed), 4 * allowed.stride(0))  # bytes
+
+
+def _rows(x: Tensor | None) -> tuple[int, int] | None:
+    return None if x is None else (address(x), x.stride(0))

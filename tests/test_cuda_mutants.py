@@ -5,20 +5,28 @@ from __future__ import annotations
 import json
 
 import pytest
-from simt.mutants import CORE, MUTANTS, TABLE, witnesses
+from simt.emulator import Emulator
+from simt.mutants import CORE, FAMILIES, MUTANTS, TABLE, build_without_bugs, witnesses
+from simt.probes import complaints
+
+
+@pytest.fixture(scope="module")
+def sound(cuda_bindings, tmp_path_factory):
+    return build_without_bugs(cuda_bindings, tmp_path_factory.mktemp("sound"))
 
 
 @pytest.mark.parametrize(
     "bug", [pytest.param(m, marks=() if m.name in CORE else pytest.mark.slow, id=m.name) for m in MUTANTS]
 )
-def test_a_planted_bug_is_seen(bug, cuda_bindings, tmp_path):
-    found = witnesses(bug, cuda_bindings, tmp_path)
+def test_a_planted_bug_is_seen(bug, cuda_bindings, tmp_path, sound):
+    found = witnesses(bug, cuda_bindings, tmp_path, sound.parent)
     assert found, f"{bug.name}: no check sees it"
     assert set(found) & set(json.loads(TABLE.read_text())[bug.name])
 
 
-def test_without_a_bug_nothing_is_seen(cuda_bindings, tmp_path):
-    assert witnesses(None, cuda_bindings, tmp_path) == []
+@pytest.mark.parametrize("family", FAMILIES)
+def test_without_a_bug_nothing_is_seen(family, sound):
+    assert complaints(Emulator(sound), family) == set()
 
 
 def test_the_table_is_whole():
@@ -27,3 +35,5 @@ def test_the_table_is_whole():
     assert all(table.values())
     assert {bug.name for bug in MUTANTS} >= CORE
     assert len(CORE) >= 12
+    for family in FAMILIES:
+        assert sum(bug.family == family for bug in MUTANTS) >= 12

@@ -58,7 +58,6 @@ int launch_headdim(const AttentionParams& p, const SplitPlan& plan, float* parti
 #ifndef FASTATTN_CUDA_TYPES
 #define FASTATTN_CUDA_TYPES f16_t, bf16_t
 #endif
-constexpr int kNoKernel = 1;  // cudaErrorInvalidValue
 
 template <int kDim, class T, class... Others>
 int launch_dtype(const AttentionParams& p, const SplitPlan& plan, float* partial_out, float* partial_lse,

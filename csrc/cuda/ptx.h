@@ -101,6 +101,26 @@ FASTATTN_DEVICE void store_shared4(uint32_t address, uint32_t value) {
   asm volatile("st.shared.u32 [%0], %1;" ::"r"(address), "r"(value) : "memory");
 }
 
+FASTATTN_DEVICE void store_shared8(uint32_t address, uint64_t value) {
+  asm volatile("st.shared.u64 [%0], %1;" ::"r"(address), "l"(value) : "memory");
+}
+FASTATTN_DEVICE uint32_t load_shared4(uint32_t address) {
+  uint32_t value;
+  asm volatile("ld.shared.u32 %0, [%1];" : "=r"(value) : "r"(address) : "memory");
+  return value;
+}
+FASTATTN_DEVICE uint64_t load_shared8(uint32_t address) {
+  uint64_t value;
+  asm volatile("ld.shared.u64 %0, [%1];" : "=l"(value) : "r"(address) : "memory");
+  return value;
+}
+// Adds atomically; returns what was there.
+FASTATTN_DEVICE uint32_t add_shared4(uint32_t address, uint32_t value) {
+  uint32_t before;
+  asm volatile("atom.shared.add.u32 %0, [%1], %2;" : "=r"(before) : "r"(address), "r"(value) : "memory");
+  return before;
+}
+
 template <class V>
 FASTATTN_DEVICE V load_global(const V* pointer) {
   return *pointer;
@@ -150,6 +170,8 @@ FASTATTN_DEVICE float reciprocal_approx(float x) {
 }
 FASTATTN_DEVICE float maximum(float a, float b) { return fmaxf(a, b); }
 FASTATTN_DEVICE float absolute(float a) { return fabsf(a); }
+FASTATTN_DEVICE int leading_zeros(uint64_t x) { return __clzll(static_cast<long long>(x)); }
+FASTATTN_DEVICE double logarithm(double x) { return log(x); }
 FASTATTN_DEVICE float fused_multiply_add(float a, float b, float c) { return __fmaf_rn(a, b, c); }
 
 inline const char* error_text(int error) { return cudaGetErrorString(static_cast<cudaError_t>(error)); }

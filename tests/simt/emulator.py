@@ -24,7 +24,7 @@ import pybind11
 from torch import Tensor
 
 from fastattn import calls
-from fastattn.args import AttentionArgs, KVAppendArgs
+from fastattn.args import AttentionArgs, KVAppendArgs, SamplingArgs
 from fastattn.backends import cuda
 
 HERE = Path(__file__).resolve().parent
@@ -65,22 +65,29 @@ def build(
     csrc: Path = CSRC,
     headdims: tuple[int, ...] = HEADDIMS,
     flags: tuple[str, ...] = (),
+    reuse: tuple[Path, frozenset[str]] | None = None,
 ) -> Path:
-    """The module's path, in ``folder``. ``csrc`` may be a changed copy; two compilers run at once."""
+    """The module's path, in ``folder``. ``csrc`` may be a changed copy; two compilers run at once.
+
+    reuse: the folder of another build, and the units that are compiled anew nevertheless.
+    """
     compiler = ["g++", *FLAGS, *flags, f"-I{csrc}", f"-I{HERE}", "-x", "c++", "-c"]
-    forward = str(csrc / "cuda" / "forward.cu")
-    commands = {folder / f"{d}.o": [*compiler, f"-DFASTATTN_HEADDIM={d}", forward] for d in headdims}
     listed = ",".join(map(str, headdims))
-    commands[folder / "launch.o"] = [
-        *compiler,
-        f"-DFASTATTN_CUDA_HEADDIMS={listed}",
-        str(HERE / "emulated.cpp"),
-    ]
+    forward = str(csrc / "cuda" / "forward.cu")
+    units = {str(d): [f"-DFASTATTN_HEADDIM={d}", forward] for d in headdims}
+    units["launch"] = [f"-DFASTATTN_CUDA_HEADDIMS={listed}", str(HERE / "emulated.cpp")]
+    units["sampling"] = [str(csrc / "cuda" / "sampling.cu")]
+    kept_from, anew = (folder, frozenset(units)) if reuse is None else reuse
+    objects = {name: (folder if name in anew else kept_from) / f"{name}.o" for name in units}
+
+    def compile_unit(name: str) -> None:
+        subprocess.run([*compiler, *units[name], "-o", str(objects[name])], check=True)
+
     with ThreadPoolExecutor(2) as pool:
-        list(pool.map(lambda x: subprocess.run([*x[1], "-o", str(x[0])], check=True), commands.items()))
+        list(pool.map(compile_unit, (name for name in units if name in anew)))
     module = folder / "_cuda.so"
-    objects = [str(bindings), *map(str, commands)]
-    subprocess.run(["g++", *flags, "-shared", *objects, "-o", str(module)], check=True)
+    linked = [str(bindings), *map(str, objects.values())]
+    subprocess.run(["g++", *flags, "-shared", *linked, "-o", str(module)], check=True)
     return module
 
 
@@ -118,9 +125,22 @@ class Emulator:
         with self._in_place(args, written=("k_cache", "v_cache")):
             return cuda.append_kv(args)
 
+    def sample(self, args: SamplingArgs, seed: int = 1) -> Tensor:
+        """``cuda.tokens_or_errors``, one run."""
+        self.reset(seed, "between")
+        with self._in_place(args):
+            return cuda.tokens_or_errors(args)
+
+    def survivors(self, args: SamplingArgs, seed: int = 1) -> Tensor:
+        """``cuda.survivors``, one run."""
+        self.reset(seed, "between")
+        with self._in_place(args):
+            return cuda.survivors(args)
+
     @contextlib.contextmanager
     def _in_place(self, args: Any, written: tuple[str, ...] = ()) -> Iterator[None]:
-        inputs = {name: x for name in args.__slots__ if isinstance(x := getattr(args, name), Tensor)}
+        names = getattr(args, "_fields", args.__slots__)
+        inputs = {name: x for name in names if isinstance(x := getattr(args, name), Tensor)}
         readonly = {x.data_ptr() for name, x in inputs.items() if name not in written}
         known: set[int] = set()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import torch
@@ -9,8 +10,8 @@ from oracles import attention64
 from simt.emulator import Emulator
 from torch import Tensor
 
-from fastattn.args import AttentionArgs, KVAppendArgs
-from fastattn.backends import reference
+from fastattn.args import AttentionArgs, KVAppendArgs, SamplingArgs
+from fastattn.backends import cpu, reference
 
 HALF = torch.float16
 
@@ -72,9 +73,18 @@ def _calls() -> Iterator[tuple[AttentionArgs, Tensor, Tensor]]:
     yield dropped, out.double(), lse.double()
 
 
-def complaints(emulator: Emulator) -> set[str]:
+def complaints(emulator: Emulator, family: str) -> set[str]:
     """The names of the checks that fail: "values", "bank conflicts", "schedule", or a fault's."""
     torch.manual_seed(0)
+    probes = {
+        "attention": _attention_complaints,
+        "append": _append_complaints,
+        "sampling": _sampling_complaints,
+    }
+    return probes[family](emulator)
+
+
+def _attention_complaints(emulator: Emulator) -> set[str]:
     seen: set[str] = set()
     for args, truth, lse64 in _calls():
         results = []
@@ -90,27 +100,104 @@ def complaints(emulator: Emulator) -> set[str]:
         first, *others = results
         if not all(torch.equal(a, b) for other in others for a, b in zip(first, other)):
             seen.add("schedule")
-    return seen | _append_complaints(emulator)
+    return seen
+
+
+def _appends() -> Iterator[dict[str, Tensor | bool]]:
+    """Calls without their caches of 2 rows of 53 tokens, or 8 pages of 16. 3 queries of 3 heads, 2 new tokens: a warp is left over."""
+    angle = torch.rand(60, 32) * 6
+    lengths = {"cache_seqlens": torch.tensor([50, 17], dtype=torch.int32)}
+    whole = {"rotary_cos": angle.cos(), "rotary_sin": angle.sin()}
+    part = {name: x[:, :11].contiguous() for name, x in whole.items()}
+    pages = torch.tensor([[3, 0, 6, 1], [5, 2, 7, 4]], dtype=torch.int32)
+    yield (
+        lengths | whole | {"rotary_interleaved": False, "k_leftpad": torch.tensor([5, 0], dtype=torch.int32)}
+    )
+    yield (
+        lengths
+        | part
+        | {"rotary_interleaved": True, "cache_batch_idx": torch.tensor([1, 0], dtype=torch.int32)}
+    )
+    paged = {"block_table": pages, "cache_seqlens": torch.tensor([47, 16], dtype=torch.int32)}
+    yield part | paged | {"rotary_interleaved": False, "rotary_per_row": False}
+    yield lengths
 
 
 def _append_complaints(emulator: Emulator) -> set[str]:
-    q, k, v = _tensors(1, 3, 3, 3, 1, 64)  # 15 rows: one warp has none
-    angle = torch.rand(60, 32) * 6
-    call = {"rotary_cos": angle.cos(), "rotary_sin": angle.sin(), "rotary_interleaved": False}
-    call |= {"cache_seqlens": torch.tensor([50]).int(), "k_leftpad": torch.tensor([5]).int()}
-    caches = [torch.randn(1, 53, 1, 64).to(HALF) for _ in range(4)]
-    caches[2:] = [x.clone() for x in caches[:2]]
-    found, wanted = (
-        KVAppendArgs(q=q, k=k, v=v, k_cache=caches[i], v_cache=caches[i + 1], **call)  # type: ignore[arg-type]
-        for i in (0, 2)
-    )
-    turned, _ = emulator.append_kv(found)
-    expected, _ = reference.append_kv(wanted)
-    seen = set(emulator.faults())
-    for x, y in ((turned, expected), (found.k_cache, wanted.k_cache), (found.v_cache, wanted.v_cache)):
-        if not _close(x, y.double(), 4e-3):
-            seen.add("values")
+    seen: set[str] = set()
+    for call in _appends():
+        room = (8, 16) if "block_table" in call else (2, 53)
+        q, k, v = (torch.randn(2, *shape).to(HALF) for shape in ((3, 3, 64), (2, 1, 64), (2, 1, 40)))
+        caches = [torch.randn(*room, 1, d).to(HALF) for d in (64, 40)]
+        found, wanted = (
+            KVAppendArgs(q=q, k=k, v=v, k_cache=caches[0].clone(), v_cache=caches[1].clone(), **call)  # type: ignore[arg-type]
+            for _ in range(2)
+        )
+        turned, lengths = emulator.append_kv(found)
+        expected, wanted_lengths = reference.append_kv(wanted)
+        seen |= set(emulator.faults())
+        for x, y in ((turned, expected), (found.k_cache, wanted.k_cache), (found.v_cache, wanted.v_cache)):
+            if not _close(x, y.double(), 4e-3):
+                seen.add("values")
+        assert torch.equal(lengths, wanted_lengths)
     return seen
+
+
+def sampling_args(logits: Tensor, **parameters: object) -> SamplingArgs:
+    """Everything off but what is given."""
+    off = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "seeds": 0, "positions": 0}
+    return SamplingArgs(logits, **(off | parameters))  # type: ignore[arg-type]
+
+
+def _draws() -> Iterator[SamplingArgs]:
+    logits = torch.randn(3, 700) * 2
+    logits[1, ::3] = -math.inf
+    logits[2] = (2 * logits[2]).round() / 2
+    seeds = {"seeds": torch.tensor([5, -7, 1 << 40]), "positions": torch.tensor([0, 1 << 33, 3])}
+    for call in (
+        {"temperature": 0.7}, {"temperature": 0.0}, {"temperature": math.inf}, {"top_k": 7}, {"top_p": 0.8},
+        {"top_p": 0.9999, "temperature": 3.0}, {"min_p": 0.3, "temperature": 4.0},
+        {"top_k": torch.tensor([20, 400, 150]), "top_p": 0.9, "min_p": 0.01},
+    ):  # fmt: skip
+        yield sampling_args(logits, **seeds, **call)
+    steps = torch.arange(1, 25)
+    ties = torch.tensor([1.0, 0.0, 2.0, -math.inf, 1.0, -0.0, 2.0, 1.0]).repeat(5)[None].expand(24, 40)
+    yield sampling_args(ties, top_k=steps, temperature=4.0, seeds=steps)
+    yield sampling_args(ties, top_p=(steps / 25.0).double(), temperature=4.0, seeds=steps)
+    yield sampling_args(torch.tensor([[3.4e38, -3.4e38, 1e-45, 0.0]]), temperature=1e30, top_p=0.9)
+    yield sampling_args(ties, min_p=1.0, temperature=4.0, seeds=steps)
+    yield sampling_args(torch.tensor([[100.0, 65.0, 1.0]]), top_p=1.0 - 1e-13)  # 65 weighs nothing
+    yield sampling_args(torch.zeros(1, 700), top_k=299, top_p=0.9999)
+    wide = torch.randn(2, 9000)  # several blocks a row
+    wide[1, 8999] = 5.0
+    yield sampling_args(wide.bfloat16()[:, 3:], top_k=60, top_p=0.9, temperature=1.3, seeds=steps[:2])
+    yield sampling_args(wide, seeds=steps[1:3], temperature=2.0)
+
+
+def _sampling_complaints(emulator: Emulator) -> set[str]:
+    seen: set[str] = set()
+    for args in _draws():
+        tokens = [emulator.sample(args, seed) for seed in (0, 1)]
+        seen |= set(emulator.faults())
+        if emulator.bank_factor() > 1:
+            seen.add("bank conflicts")
+        if not torch.equal(*tokens):
+            seen.add("schedule")
+        if not torch.equal(tokens[0], cpu.sample(args)[0]):
+            seen.add("tokens")
+        asked = args._replace(survivors=True)
+        if not torch.equal(emulator.survivors(asked, 2), cpu.survivors(asked)):
+            seen.add("kept sets")
+        seen |= set(emulator.faults())
+    broken = torch.randn(4, 600)
+    broken[0, 599], broken[1, 300], broken[2] = math.nan, math.inf, -math.inf
+    tokens = emulator.sample(sampling_args(broken, top_p=0.5))
+    if (
+        tokens[:3].tolist() != [-1, -2, -3]
+        or tokens[3] != cpu.sample(sampling_args(broken[3:], top_p=0.5))[0]
+    ):
+        seen.add("errors")
+    return seen | set(emulator.faults())
 
 
 def _close(found: Tensor, truth: Tensor, tolerance: float) -> bool:

@@ -100,6 +100,8 @@ inline float log2_approx(float x) { return flush(std::log2(flush(x))); }
 inline float reciprocal_approx(float x) { return flush(1 / flush(x)); }
 inline float maximum(float a, float b) { return std::fmax(a, b); }
 inline float absolute(float a) { return std::fabs(a); }
+inline int leading_zeros(uint64_t x) { return __builtin_clzll(x); }
+inline double logarithm(double x) { return std::log(x); }
 inline float fused_multiply_add(float a, float b, float c) { return std::fma(a, b, c); }
 
 // ---------------------------------------------------------------- shared memory
@@ -110,6 +112,27 @@ inline void load_shared16(uint32_t (&r)[4], uint32_t address, simt::Site site = 
 inline void store_shared4(uint32_t address, uint32_t value, simt::Site site = simt::here()) {
   simt::banks.access(site, address, 4);
   simt::shared.write(address, &value, 4, site);
+}
+
+inline void store_shared8(uint32_t address, uint64_t value, simt::Site site = simt::here()) {
+  simt::banks.access(site, address, 8);
+  simt::shared.write(address, &value, 8, site);
+}
+inline uint32_t load_shared4(uint32_t address, simt::Site site = simt::here()) {
+  uint32_t value;
+  simt::banks.access(site, address, 4);
+  simt::shared.read(address, &value, 4, site);
+  return value;
+}
+inline uint64_t load_shared8(uint32_t address, simt::Site site = simt::here()) {
+  uint64_t value;
+  simt::banks.access(site, address, 8);
+  simt::shared.read(address, &value, 8, site);
+  return value;
+}
+// Where atomics go depends on data: their bank conflicts are not counted.
+inline uint32_t add_shared4(uint32_t address, uint32_t value, simt::Site site = simt::here()) {
+  return simt::shared.add(address, value, site);
 }
 
 template <bool kTrans>
