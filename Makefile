@@ -1,6 +1,7 @@
 # make demo    set up and let a real model write text        make test    set up and run the tests
 # make lint    ruff, mypy, clang-format                       make bench   the benchmarks, into benchmarks/results/
-# make test-gpu   the CUDA kernels' tests on a GPU      make clean   remove what the others made
+# make test-gpu   the CUDA kernels' tests on a GPU      make bench-gpu   its benchmarks
+# make clean   remove what the others made
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
@@ -8,7 +9,7 @@ PIP = $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 SOURCES = $(shell git ls-files csrc '*.cpp' '*.h' CMakeLists.txt setup.py)
 CPP = $(shell git ls-files '*.cpp' '*.h' '*.inc' '*.cu' '*.cuh')
 
-.PHONY: demo test test-gpu lint bench clean build
+.PHONY: demo test test-gpu lint bench bench-gpu clean build
 .DELETE_ON_ERROR:
 
 demo: build
@@ -23,7 +24,8 @@ test: build $(VENV)/.test
 test-gpu: build $(VENV)/.test
 	$(BIN)/python -c "import torch; assert torch.cuda.is_available(), 'PyTorch finds no CUDA device'"
 	FASTATTN_CUDA=on $(BIN)/python setup.py build_ext --inplace
-	$(BIN)/python -m pytest tests/test_cuda_attention.py tests/test_cuda_gpu.py tests/test_cuda_build.py
+	$(BIN)/python -m pytest tests/test_cuda_attention.py tests/test_cuda_kvcache.py tests/test_cuda_sampling.py \
+	  tests/test_cuda_gpu.py tests/test_cuda_build.py
 	if command -v compute-sanitizer; then \
 	  compute-sanitizer --error-exitcode 1 $(BIN)/python -m pytest -q tests/test_cuda_attention.py -k gpu; fi
 
@@ -40,6 +42,10 @@ bench: build $(VENV)/.test
 	$(BIN)/python benchmarks/bench.py generate --save
 	$(BIN)/python benchmarks/bench.py models --save
 	$(BIN)/python benchmarks/report.py
+
+# Beside torch's attention, and flash-attn's and flashinfer's where they are installed. It says so where there is no GPU.
+bench-gpu: build
+	$(BIN)/python benchmarks/bench_gpu.py --save
 
 build: $(VENV)/.build
 
