@@ -47,6 +47,11 @@ FASTATTN_DEVICE V shuffle_xor(V value, int mask) {
   return __shfl_xor_sync(0xffffffffu, value, mask);
 }
 
+template <class V>
+FASTATTN_DEVICE V shuffle_from(V value, int lane) {
+  return __shfl_sync(0xffffffffu, value, lane);
+}
+
 // Four 8x8 matrices of 16-bit elements: lane 8 m + r brings the address of row r of matrix m, 16 bytes.
 FASTATTN_DEVICE void ldmatrix_x4(uint32_t (&r)[4], uint32_t address) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
@@ -145,6 +150,8 @@ FASTATTN_DEVICE uint32_t pack2(float low, float high) {
   return packed;
 }
 
+FASTATTN_DEVICE float float_of_bits(uint32_t bits) { return __uint_as_float(bits); }
+FASTATTN_DEVICE uint32_t bits_of_float(float x) { return __float_as_uint(x); }
 FASTATTN_DEVICE float to_float(float x) { return x; }
 FASTATTN_DEVICE float to_float(bf16_t x) { return __uint_as_float(static_cast<uint32_t>(x.bits) << 16); }
 FASTATTN_DEVICE float to_float(f16_t x) {

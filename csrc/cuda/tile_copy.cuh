@@ -13,7 +13,8 @@ struct CopySteps {
 
   template <class Traits>
   static CopySteps of(const TensorView& view) {
-    return {view.stride_seqlen * 2 * Traits::kCopyRows, view.stride_seqlen * 2 * Traits::kKeys};
+    const int64_t row = view.stride_seqlen * Traits::kElementBytes;
+    return {row * Traits::kCopyRows, row * Traits::kKeys};
   }
 };
 
@@ -28,15 +29,15 @@ class KeyCopy {
         kv_(kv),
         row_(thread_index() / Traits::kRowLanes),
         chunk_(thread_index() % Traits::kRowLanes),
-        chunks_(static_cast<int>(headdim) / 8),
+        chunks_(static_cast<int>(headdim) / Traits::kChunkElements),
         target_(chunk_offset<Traits::kKeys>(row_, chunk_)) {
     if constexpr (kPaged) {
       pages_ = kv.block_table + sequence.batch * kv.stride_block_table;
       first_ = sequence.kv_first;
-      source_ = row_pointer<const char>({view.data, 0, 0, view.stride_head * 2}, 0, 0, sequence.head_k);
+      source_ = static_cast<const char*>(view.data) + sequence.head_k * view.stride_head * Traits::kElementBytes;
     } else {
-      source_ = reinterpret_cast<const char*>(
-          row_pointer<const uint16_t>(view, sequence.kv_row, sequence.kv_first, sequence.head_k));
+      source_ = static_cast<const char*>(view.data) +
+                row_offset(view, sequence.kv_row, sequence.kv_first, sequence.head_k) * Traits::kElementBytes;
     }
     source_ += chunk_ * 16;
   }
@@ -46,7 +47,7 @@ class KeyCopy {
     if constexpr (kPaged)
       key_ = key;
     else
-      source_ += (key + row_) * view_.stride_seqlen * 2;
+      source_ += (key + row_) * view_.stride_seqlen * Traits::kElementBytes;
   }
 
   // `edge`: the tile may reach beyond `seqlen_k`, where zeros stand in.
@@ -82,7 +83,8 @@ class KeyCopy {
 
   FASTATTN_DEVICE int64_t paged(int key) const {
     const int page_size = static_cast<int>(kv_.page_size), token = first_ + key, page = token / page_size;
-    return (load_global(pages_ + page) * view_.stride_batch + (token - page * page_size) * view_.stride_seqlen) * 2;
+    return (load_global(pages_ + page) * view_.stride_batch + (token - page * page_size) * view_.stride_seqlen) *
+           Traits::kElementBytes;
   }
 
   const TensorView& view_;
@@ -103,12 +105,13 @@ FASTATTN_DEVICE void copy_queries(uint32_t tile, const AttentionParams& p, const
   for (int r = 0; r < Traits::kRows; r += Traits::kCopyRows) {
     const bool exists = first + row + r < sequence.rows();
     const int at = exists ? first + row + r : first;
-    const uint16_t* source =
-        row_pointer<const uint16_t>(p.q, sequence.q_row, sequence.q_first + sequence.query(at), sequence.head(at));
+    const char* source = static_cast<const char*>(p.q.data) +
+                         row_offset(p.q, sequence.q_row, sequence.q_first + sequence.query(at), sequence.head(at)) *
+                             Traits::kElementBytes;
 #pragma unroll
     for (int c = 0; c < Traits::kChunks; c += Traits::kRowLanes) {
-      const bool wanted = exists && chunk + c < p.headdim / 8;
-      cp_async16(tile + chunk_offset<Traits::kRows>(row + r, chunk + c), source + (chunk + c) * 8, wanted);
+      const bool wanted = exists && chunk + c < p.headdim / Traits::kChunkElements;
+      cp_async16(tile + chunk_offset<Traits::kRows>(row + r, chunk + c), source + (chunk + c) * 16, wanted);
     }
   }
 }

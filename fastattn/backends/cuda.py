@@ -25,8 +25,11 @@ FEATURES = frozenset(
     {"window", "softcap", "alibi", "bias", "mask", "sinks", "dropout", "varlen", "leftpad", "cache_batch_idx", "paged",
      "survivors"}
 )  # fmt: skip
-MAX_HEADDIM = 256
-_DTYPES = (torch.float16, torch.bfloat16)
+MAX_HEADDIM = {
+    torch.float16: 256,
+    torch.bfloat16: 256,
+    torch.float32: 128,
+}  # csrc/cuda/launch.cuh, kMaxHeaddim
 _LOGITS_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _MAX_VOCAB = 1 << 22  # csrc/params.h, kMaxVocab
 _CHUNK = 8  # elements that one copy moves: 16 bytes
@@ -63,12 +66,14 @@ def _lacks(args: AttentionArgs | KVAppendArgs | SamplingArgs) -> str | None:
     """What no GPU would change."""
     tensor = args.subject
     are_logits = tensor.dim() == 2
-    if tensor.dtype not in (_LOGITS_DTYPES if are_logits else _DTYPES):
+    if tensor.dtype not in (_LOGITS_DTYPES if are_logits else MAX_HEADDIM):
         return f"lacks dtype '{str(tensor.dtype).removeprefix('torch.')}'"
     if are_logits and tensor.shape[1] > _MAX_VOCAB:
         return f"lacks vocabularies above {_MAX_VOCAB}"
-    if not are_logits and max(tensor.shape[-1], getattr(args, "v", tensor).shape[-1]) > MAX_HEADDIM:
-        return f"lacks headdim above {MAX_HEADDIM}"
+    if not are_logits:
+        longest = MAX_HEADDIM[tensor.dtype]
+        if max(tensor.shape[-1], getattr(args, "v", tensor).shape[-1]) > longest:
+            return f"lacks headdim above {longest} in {str(tensor.dtype).removeprefix('torch.')}"
     features = args.features()
     lacking = sorted(features - FEATURES)
     if {"paged", "dropout"} <= features:

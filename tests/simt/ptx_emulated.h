@@ -43,16 +43,29 @@ inline void warp_barrier(simt::Site site = simt::here()) {
 }
 
 template <class V>
-V shuffle_xor(V value, int mask, simt::Site site = simt::here()) {
+V shuffle_from(V value, int lane, simt::Site site = simt::here()) {
   simt::Warp& warp = simt::machine.warp();
-  const int lane = simt::machine.lane();
-  memcpy(warp.in[lane], &value, sizeof value);
+  memcpy(warp.in[simt::machine.lane()], &value, sizeof value);
   simt::machine.collective(site, [](simt::Warp& w) { memcpy(w.out, w.in, sizeof w.in); });
-  memcpy(&value, warp.out[lane ^ mask], sizeof value);
+  memcpy(&value, warp.out[lane], sizeof value);
   return value;
+}
+template <class V>
+V shuffle_xor(V value, int mask, simt::Site site = simt::here()) {
+  return shuffle_from(value, simt::machine.lane() ^ mask, site);
 }
 
 // ---------------------------------------------------------------- numbers
+inline float float_of_bits(uint32_t bits) {
+  float x;
+  memcpy(&x, &bits, 4);
+  return x;
+}
+inline uint32_t bits_of_float(float x) {
+  uint32_t bits;
+  memcpy(&bits, &x, 4);
+  return bits;
+}
 inline float to_float(float x) { return x; }
 inline float to_float(bf16_t x) {
   const uint32_t bits = static_cast<uint32_t>(x.bits) << 16;
