@@ -24,7 +24,9 @@ def test_a_planted_bug_is_seen(bug, cuda_bindings, tmp_path, sound):
     assert set(found) & set(json.loads(TABLE.read_text())[bug.name])
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "family", [pytest.param(f, marks=pytest.mark.slow) if f == "products_f32" else f for f in FAMILIES]
+)
 def test_without_a_bug_nothing_is_seen(family, sound, cuda_bindings, tmp_path):
     """The mutants' own build, but for the dtype that they do without."""
     module = build_without_bugs(cuda_bindings, tmp_path, family) if family == "products_f32" else sound
