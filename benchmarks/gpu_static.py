@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "gpu_static.json"
 ARCHITECTURES = ("80", "86", "89", "90a", "100a", "120")
 HEADDIMS = (32, 64, 96, 128, 192, 256)
-FLOAT_HEADDIMS = (32, 64, 96, 128)  # csrc/cuda/launch.cuh, kMaxHeaddim
+FLOAT_HEADDIMS = (32, 64, 96, 128)  # csrc/cuda/launch.cuh, kMaxTileHeaddim
 THREADS = 128  # csrc/cuda/traits.cuh, kThreads
 
 
@@ -58,7 +58,7 @@ def find_tool(name: str) -> str | None:
 
 def compile_cubin(architecture: str, source: str, flags: tuple[str, ...], folder: Path) -> tuple[Path, str]:
     """Every kernel of a source; and what ptxas says. Warnings are errors."""
-    target = folder / f"{architecture}{''.join(flags)}.cubin".replace("=", "_")
+    target = folder / f"{architecture}_{source}{''.join(flags)}.cubin".replace("=", "_")
     command = [
         find_tool("nvcc") or "nvcc", "-std=c++17", "-O3", f"-arch=sm_{architecture}", "-cubin", f"-I{ROOT / 'csrc'}",
         *flags, "-Werror", "all-warnings", "-Xptxas", "-v", "-o", str(target), str(ROOT / "csrc/cuda" / source),
@@ -69,8 +69,8 @@ def compile_cubin(architecture: str, source: str, flags: tuple[str, ...], folder
     return target, done.stderr + done.stdout
 
 
-def forward_flags(headdim: int, dtype: str) -> tuple[str, ...]:
-    """Of forward.cu, for one headdim and dtype."""
+def attention_flags(headdim: int, dtype: str) -> tuple[str, ...]:
+    """Of forward.cu and backward.cu, for one headdim and dtype."""
     return (
         f"-DFASTATTN_HEADDIM={headdim}",
         f"-DFASTATTN_CUDA_TYPES={dtype if dtype == 'float' else dtype + '_t'}",
@@ -121,33 +121,43 @@ def main_loop(lines: list[str]) -> list[str]:
     return min(loops)[2] if loops else []
 
 
-def shared_bytes(headdim: int, row_tiles: int, element_bytes: int) -> int:
-    """csrc/cuda/traits.cuh, kSharedBytes."""
-    keys = 64 if headdim * element_bytes <= 128 else 32
-    return (64 * row_tiles + 4 * keys) * headdim * element_bytes
-
-
 def describe(mangled: str) -> dict[str, Any] | None:
-    """Headdim, rows of a tile and policy of an attention kernel, from its template arguments."""
-    match = re.search(
+    """Headdim, rows of a tile, policy and shared memory of an attention kernel, from its template arguments."""
+    if match := re.search(
         r"attention_forward.*?6TraitsILi(\d+)ELi(\d+)ELi(\d+)EE.*?6PolicyILb(\d)ELb(\d)ELb(\d)ELb(\d)EE",
         mangled,
-    )
-    if not match:
+    ):
+        headdim, row_tiles, element_bytes, *flags = map(int, match.groups())
+        kernel, names = "forward", ("modifiers", "dropout", "pages", "splits")
+        keys = 64 if headdim * element_bytes <= 128 else 32
+        # csrc/cuda/traits.cuh, kSharedBytes
+        shared_bytes = (64 * row_tiles + 4 * keys) * headdim * element_bytes
+    elif match := re.search(
+        r"(query|key)_gradients.*?14BackwardTraitsILi(\d+)EE.*?14BackwardPolicyILb(\d)ELb(\d)ELNS0_9GradientsE(\d)EE",
+        mangled,
+    ):
+        headdim, *flags, gradients = map(int, match.groups()[1:])
+        row_tiles = 1
+        kernel = "dQ" if match[1] == "query" else ("dK and dV", "dK", "dV")[gradients]
+        names = ("modifiers", "dropout")
+        lines = 64 if headdim <= 64 else 32 if headdim <= 128 else 16
+        shared_bytes = 2 * 64 * headdim * 2 + 2 * (2 * lines * headdim * 2 + lines * 8)  # attention_bwd.cuh
+    else:
         return None
-    headdim, row_tiles, element_bytes, *flags = map(int, match.groups())
-    names = ("modifiers", "dropout", "pages", "splits")
+    policy = " ".join(n for n, on in zip(names, flags) if on) or "plain"
     return {
-        "kernel": "forward " + (" ".join(n for n, on in zip(names, flags) if on) or "plain"),
+        "kernel": f"{kernel} {policy}",
         "headdim": headdim,
         "rows": 64 * row_tiles,
-        "shared_bytes": shared_bytes(headdim, row_tiles, element_bytes),
+        "shared_bytes": shared_bytes,
     }
 
 
-def report(architecture: str, headdim: int, dtype: str, folder: Path) -> list[dict[str, Any]]:
-    """One row per attention kernel."""
-    cubin, log = compile_cubin(architecture, "forward.cu", forward_flags(headdim, dtype), folder)
+def report(
+    architecture: str, headdim: int, dtype: str, folder: Path, unit: str = "forward"
+) -> list[dict[str, Any]]:
+    """One row per attention kernel of a unit."""
+    cubin, log = compile_cubin(architecture, f"{unit}.cu", attention_flags(headdim, dtype), folder)
     disassembler = find_tool("nvdisasm") or "nvdisasm"
     text = subprocess.run([disassembler, "-c", str(cubin)], capture_output=True, text=True, check=True).stdout
     rows = []
@@ -192,7 +202,7 @@ def sampling_report(architecture: str, folder: Path) -> list[dict[str, Any]]:
 
 def float_report(architecture: str, headdim: int, folder: Path) -> list[dict[str, Any]]:
     """One row per attention kernel on float32, which no tensor core helps."""
-    log = compile_cubin(architecture, "forward.cu", forward_flags(headdim, "float"), folder)[1]
+    log = compile_cubin(architecture, "forward.cu", attention_flags(headdim, "float"), folder)[1]
     about = ((describe(name), used) for name, used in resources(log).items())
     head = {"architecture": f"sm_{architecture}", "dtype": "float"}
     return [head | known | used for known, used in about if known is not None]
@@ -221,9 +231,10 @@ def main() -> None:
         for row in others:
             print(*row.values(), flush=True)
         for architecture, headdim, dtype in () if options.others else TABLE:
-            for row in report(architecture, headdim, dtype, Path(name)):
-                print(*row.values(), flush=True)
-                rows.append(row)
+            for unit in ("forward", "backward"):
+                for row in report(architecture, headdim, dtype, Path(name), unit):
+                    print(*row.values(), flush=True)
+                    rows.append(row)
     if options.others:
         rows = json.loads(RESULTS.read_text())["kernels"]
     if options.save:

@@ -1,8 +1,11 @@
 """Whole models of transformers, random weights: a forward pass and a training step with each way to attend.
 
 One model object serves all ways; switching between them happens outside the clock, and the calls take turns. The
-default is what transformers chooses when nothing is said. BLOOM and LLaMA have four layers of the real width, so that
-a step takes seconds, and every model 8192 tokens of vocabulary, so that it is layers that are timed.
+default is what transformers chooses when nothing is said. Layers have the published width, but are fewer, so that a
+row takes a minute, and the vocabulary is one of 8192, so that it is layers that are timed.
+
+A row is called ``model:seqlen:forward`` or ``:training``; ``--only`` takes beginnings of such names, and with
+``--save`` the other rows stay as they were saved: a machine that is shared can be had to oneself for one row at a time.
 """
 
 from __future__ import annotations
@@ -24,24 +27,27 @@ OURS = "fastattn"
 
 @dataclass(frozen=True)
 class Model:
-    """A published shape."""
+    """A published shape, with as many of its layers as make a row of each length last a minute."""
 
     name: str
     model_class: str
     config_class: str
+    layers: tuple[str, tuple[int, int]]  # the setting's name, and how many at each of SEQLENS
     settings: dict[str, Any]
     seq2seq: bool = False
 
 
 MODELS = (
-    Model("BERT-base", "BertForMaskedLM", "BertConfig", {"max_position_embeddings": 2048}),
-    Model("T5-small", "T5ForConditionalGeneration", "T5Config", {}, seq2seq=True),
-    Model("GPT-2", "GPT2LMHeadModel", "GPT2Config", {"n_positions": 2048}),
-    Model("BLOOM-560M, 4 layers", "BloomForCausalLM", "BloomConfig", {"hidden_size": 1024, "n_layer": 4, "n_head": 16}),
     Model(
-        "Llama-3.2-1B, 4 layers", "LlamaForCausalLM", "LlamaConfig",
-        {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 4, "num_attention_heads": 32,
-         "num_key_value_heads": 8, "head_dim": 64, "max_position_embeddings": 2048, "rope_theta": 500000.0},
+        "BERT-base", "BertForMaskedLM", "BertConfig", ("num_hidden_layers", (6, 2)), {"max_position_embeddings": 2048}
+    ),
+    Model("T5-small", "T5ForConditionalGeneration", "T5Config", ("num_layers", (6, 2)), {}, seq2seq=True),
+    Model("GPT-2", "GPT2LMHeadModel", "GPT2Config", ("n_layer", (6, 2)), {"n_positions": 2048}),
+    Model("BLOOM-560M", "BloomForCausalLM", "BloomConfig", ("n_layer", (4, 2)), {"hidden_size": 1024, "n_head": 16}),
+    Model(
+        "Llama-3.2-1B", "LlamaForCausalLM", "LlamaConfig", ("num_hidden_layers", (2, 1)),
+        {"hidden_size": 2048, "intermediate_size": 8192, "num_attention_heads": 32, "num_key_value_heads": 8,
+         "head_dim": 64, "max_position_embeddings": 2048, "rope_theta": 500000.0},
     ),
 )  # fmt: skip
 TINY = {
@@ -54,11 +60,12 @@ TINY = {
 }  # fmt: skip
 
 
-def build(model: Model, quick: bool) -> Any:
+def build(model: Model, layers: int, quick: bool) -> Any:
     """Random weights, no dropout, eval mode: what is timed is the same work every time."""
     import transformers
 
-    settings = {**model.settings, **(TINY[model.config_class] if quick else {}), "vocab_size": VOCAB}
+    sizes = {**model.settings, model.layers[0]: layers}
+    settings = {**sizes, **(TINY[model.config_class] if quick else {}), "vocab_size": VOCAB}
     tokens = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 0}
     torch.manual_seed(0)
     config = getattr(transformers, model.config_class)(**settings, **tokens)
@@ -68,8 +75,9 @@ def build(model: Model, quick: bool) -> Any:
 def given(model: Model, seqlen: int) -> dict[str, Any]:
     """One sequence, and what it should become."""
     ids = torch.randint(3, VOCAB, (1, seqlen), generator=torch.Generator().manual_seed(1))
-    extra = {"decoder_input_ids": ids} if model.seq2seq else {}
-    return {"input_ids": ids, "labels": ids, "use_cache": False, **extra}
+    answer = ids[:, : seqlen // 4] if model.seq2seq else ids  # a translation or summary is the shorter one
+    extra = {"decoder_input_ids": answer} if model.seq2seq else {}
+    return {"input_ids": ids, "labels": answer, "use_cache": False, **extra}
 
 
 def ways(instance: Any) -> tuple[str, dict[str, Callable[[], None]]]:
@@ -96,10 +104,14 @@ def ways(instance: Any) -> tuple[str, dict[str, Callable[[], None]]]:
     return default, {OURS: ours, **found}
 
 
-def model_rows(model: Model, seqlen: int, quick: bool) -> list[dict[str, Any]]:
-    """Forward and training, and how far our logits are from the default's."""
-    instance, inputs = build(model, quick), given(model, seqlen)
-    if "use_cache" in inputs and model.config_class == "BertConfig":
+WORKS = ("forward", "training")
+
+
+def model_rows(model: Model, seqlen: int, works: list[str], quick: bool) -> list[dict[str, Any]]:
+    """Forward or training or both, and how far our logits are from the default's."""
+    layers = dict(zip(SEQLENS, model.layers[1])).get(seqlen, 1)
+    instance, inputs = build(model, layers, quick), given(model, seqlen)
+    if model.config_class == "BertConfig":
         del inputs["use_cache"]
     default, switches = ways(instance)
 
@@ -117,14 +129,14 @@ def model_rows(model: Model, seqlen: int, quick: bool) -> list[dict[str, Any]]:
         logits[name] = forward()
     error = (logits[OURS] - logits[default]).abs().max() / logits[default].abs().max()
     rows = []
-    for what, call in (("forward", forward), ("training", training)):
-        seconds = alternate(
-            dict.fromkeys(switches, call), 0.0 if quick else 8.0, 1 if quick else 3, before=switches
-        )
+    for what in works:
+        call = {"forward": forward, "training": training}[what]
+        seconds = alternate(dict.fromkeys(switches, call), 0.0 if quick else 4.0, 1, before=switches)
         others = {who: t for who, t in seconds.items() if who != OURS}
         best = min(others, key=lambda who: others[who]["min"])
         rows.append(
-            {"model": model.name, "seqlen": seqlen, "what": what, "default": default, "seconds": seconds, "best": best,
+            {"model": model.name, "seqlen": seqlen, "layers": layers, "what": what, "default": default,
+             "seconds": seconds, "best": best,
              "speedup": others[default]["min"] / seconds[OURS]["min"],
              "speedup_median": others[default]["median"] / seconds[OURS]["median"],
              "speedup_best": others[best]["min"] / seconds[OURS]["min"], "error": error.item()}
@@ -137,19 +149,29 @@ def geometric_mean(values: list[float]) -> float:
     return math.exp(sum(map(math.log, values)) / len(values))
 
 
-def bench_models(quick: bool) -> dict[str, Any]:
-    """Every model at every length; a quick run is of tiny ones, for development."""
-    start, rows = environment(), []
+def name_of(row: dict[str, Any]) -> str:
+    """As ``--only`` has it."""
+    return f"{row['model']}:{row['seqlen']}:{row['what']}"
+
+
+def bench_models(quick: bool, only: list[str], saved: dict[str, Any] | None) -> dict[str, Any]:
+    """Every model at every length, or those of ``only``, and of ``saved`` the rest; a quick run is of tiny ones."""
+    start, rows = environment(), {name_of(row): row for row in (saved or {"rows": []})["rows"]}
+    names = []
     for model in MODELS:
         for seqlen in (32,) if quick else SEQLENS:
-            for row in model_rows(model, seqlen, quick):
-                rows.append(row)
+            all_works = {f"{model.name}:{seqlen}:{what}": what for what in WORKS}
+            names += all_works
+            works = [what for name, what in all_works.items() if not only or name.startswith(tuple(only))]
+            for row in model_rows(model, seqlen, works, quick) if works else []:
+                rows[name_of(row)] = row
                 times = ", ".join(f"{who} {t['min'] * 1e3:.1f} ms" for who, t in row["seconds"].items())
-                print(
-                    f"{row['model']}, {seqlen} tokens, {row['what']}: {times}: {row['speedup']:.2f}x",
-                    flush=True,
-                )
-    mean = geometric_mean([row["speedup"] for row in rows])
-    slower = [f"{r['model']}, {r['seqlen']}, {r['what']}" for r in rows if r["speedup_best"] < 1]
+                print(f"{name_of(row)}: {times}: {row['speedup']:.2f}x", flush=True)
+    kept = [rows[name] for name in names if name in rows]
+    mean = geometric_mean([row["speedup"] for row in kept])
+    slower = [name_of(row) for row in kept if row["speedup_best"] < 1]
+    missing = [name for name in names if name not in rows]
     print(f"geometric mean {mean:.2f}x the default; slower than another way: {', '.join(slower) or 'none'}")
-    return {"environment": start, "rows": rows, "geometric_mean": mean}
+    if missing:
+        print(f"not measured yet: {', '.join(missing)}")
+    return {"environment": start, "rows": kept, "geometric_mean": mean}

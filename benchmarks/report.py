@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+from gpu_tables import cuda_table, mutants_table, triton_table
 from measure import RESULTS, ROOT
 
 PLOT = RESULTS / "attention.svg"
@@ -148,11 +149,21 @@ def generate_table(record: Row) -> list[str]:
     return [*lines, "", first + " " + footnote(record["environment"])]
 
 
+# What enable() puts its hands on in each model of model_rows.py.
+SWITCHED = {
+    "BERT-base": "interface: self-attention",
+    "T5-small": "interface: self- and cross-attention, position bias with its gradient",
+    "GPT-2": "interface: causal self-attention",
+    "BLOOM-560M": "adapter: causal self-attention with ALiBi",
+    "Llama-3.2-1B": "interface: causal self-attention, 4 queries to a key",
+}
+
+
 def models_table(record: Row) -> list[str]:
     """Whole models: milliseconds, and how much faster than their default and than the best other way."""
     lines = [
-        "| model | tokens | forward | training step | error of the logits |",
-        "|---|---|---|---|---|",
+        "| model, layers | switched | tokens | forward | training step | error of the logits |",
+        "|---|---|---|---|---|---|",
     ]
     by_shape: dict[tuple[str, int], dict[str, Row]] = {}
     for row in record["rows"]:
@@ -160,13 +171,17 @@ def models_table(record: Row) -> list[str]:
     for (model, seqlen), rows in by_shape.items():
         cells = []
         for what in ("forward", "training"):
+            if what not in rows:
+                cells.append("not measured")
+                continue
             row = rows[what]
             cell = f"{row['seconds']['fastattn']['min'] * 1e3:.0f} ms, {row['speedup']:.2f}x {row['default']}"
             if row["best"] != row["default"]:
                 cell += f", {row['speedup_best']:.2f}x {row['best']}"
             cells.append(cell if row["speedup_best"] >= 1 else f"*{cell}*")
-        error = f"{rows['forward']['error']:.0e}"
-        lines.append(f"| {model} | {seqlen} | {' | '.join(cells)} | {error} |")
+        first = next(iter(rows.values()))
+        named = f"{model}, {first['layers']} | {SWITCHED[model]}"
+        lines.append(f"| {named} | {seqlen} | {' | '.join(cells)} | {first['error']:.0e} |")
     return [
         *lines,
         "",
@@ -187,8 +202,9 @@ def sampling_table(record: Row) -> list[str]:
     for row in kinds["work"]:
         by_work.setdefault(row["work"], {})[row["vocab"]] = row
     lines = [
-        "Microseconds of a call, reads of the row beyond a call's fixed cost, times faster than transformers' "
-        "processors with softmax and multinomial; batch 1, one thread; *italics* miss what we require.",
+        "Microseconds of the median draw, its reads of the row beyond a call's fixed cost (mean and 99th percentile of "
+        "the draws in brackets), times faster than transformers' processors with softmax and multinomial; batch 1, one "
+        "thread; *italics* miss what we require.",
         "",
         f"| sampling from | {' | '.join(map(str, vocabularies))} | required |",
         "|---" * (len(vocabularies) + 2) + "|",
@@ -216,8 +232,8 @@ def sampling_table(record: Row) -> list[str]:
 
 def sampling_cell(row: Row) -> str:
     """Microseconds, reads, speed-up over transformers."""
-    us = row["seconds"]["fastattn"]["min"] * 1e6
-    return marked(f"{us:.0f} us, {row['reads']:.1f} reads, {row['speedup']:.0f}x", row)
+    us, more = row["draws"]["median"] * 1e6, f"{row['reads_mean']:.1f}, {row['reads_p99']:.1f}"
+    return marked(f"{us:.0f} us, {row['reads']:.1f} ({more}) reads, {row['speedup']:.0f}x", row)
 
 
 def sampling_sentences(kinds: dict[str, list[Row]]) -> list[str]:
@@ -228,6 +244,9 @@ def sampling_sentences(kinds: dict[str, list[Row]]) -> list[str]:
         times = [f"{row['speedups']['min'][peer]:.1f}x ({row['vocab']})" for row in beside]
         if times:
             lines.append(f"* {beside[0]['work']}, speed-up over {name}: {', '.join(times)}.")
+    if dense := kinds.get("dense"):
+        times = [f"{row['reads']:.1f} ({row['vocab']})" for row in dense]
+        lines.append(f"* {dense[0]['work']}: {', '.join(times)} reads more.")
     if hurt := kinds.get("adversarial"):
         worst = max(hurt, key=lambda row: row["times"])
         missed, most = sum(not row["met"] for row in hurt), worst["required"]["times"]
@@ -238,13 +257,17 @@ def sampling_sentences(kinds: dict[str, list[Row]]) -> list[str]:
         )
     if batch := kinds.get("batch"):
         speedups = [f"{marked(format(row['speedup'], '.2f'), row)}" for row in batch]
+        reads = ", ".join(f"{row['read_speedup']:.2f}" for row in batch)
         lines.append(
-            f"* Batch {batch[0]['batch']}, two threads over one, in the order of the table: {', '.join(speedups)}."
+            f"* Batch {batch[0]['batch']}, two threads over one, in the order of the table: {', '.join(speedups)}; "
+            f"a read of the same rows and nothing else: {reads}."
         )
-    for row in kinds.get("fixed", []):
-        lines.append(
-            f"* A call's fixed cost: {marked(format(row['call_seconds'] * 1e6, '.1f') + ' us', row)}."
-        )
+    if fixed := kinds.get("fixed"):
+        costs = [
+            f"{marked(format(row['call_seconds'] * 1e6, '.1f') + ' us', row)} ({row['work']})"
+            for row in fixed
+        ]
+        lines.append(f"* A call's fixed cost: {', '.join(costs)}.")
     return lines
 
 
@@ -265,6 +288,7 @@ def digest() -> str:
 TABLES = {
     "README.md": {"attention": attention_table, "sampling": sampling_table, "generate": generate_table},
     "docs/drop-in.md": {"models": models_table},
+    "docs/gpu.md": {"gpu_static": cuda_table, "cuda_mutants": mutants_table, "triton_static": triton_table},
 }
 
 

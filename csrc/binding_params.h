@@ -99,6 +99,24 @@ void fill_lse(const py::tuple& lse, AttentionParams* p) {
   p->lse_stride_head = item<int64_t>(lse, 2);
 }
 
+// dlse and delta have lse's strides; dlse 0 = none.
+AttentionBackwardParams backward_params(const py::tuple& call, const py::tuple& out, const py::tuple& lse,
+                                        const py::tuple& dout, uintptr_t dlse, uintptr_t delta, const py::tuple& dq,
+                                        const py::tuple& dk, const py::tuple& dv, const py::object& dbias) {
+  AttentionBackwardParams p{};
+  p.fwd = attention_params(call);
+  p.fwd.out = view(out);
+  fill_lse(lse, &p.fwd);
+  p.dout = view(dout);
+  p.dlse = pointer<const void>(dlse);
+  p.delta = pointer<void>(delta);
+  p.dq = view(dq);
+  p.dk = view(dk);
+  p.dv = view(dv);
+  p.dbias = score_view(dbias);
+  return p;
+}
+
 // (q, q_out, k, v, k_cache, v_cache, kv, rotary_cos, rotary_sin, sizes, interleaved, q_per_row, dtype, kv_dtype,
 // nthreads)
 KVAppendParams append_params(const py::tuple& call) {
@@ -138,8 +156,8 @@ Rows<T> rows(const py::object& value) {
   return {pointer<const T>(item<uintptr_t>(t, 0)), item<int64_t>(t, 1)};
 }
 
-// (repetition, presence, frequency, counts, prompt, seen_ids, seen_counts, seen_n, bias, bias_ids, bias_values, bias_n,
-// allowed, allowed_bits)
+// (repetition, presence, frequency, counts, prompt, seen_ids, seen_counts, seen_n, unseen, bias, bias_ids, bias_values,
+// bias_n, allowed, allowed_bits)
 void fill_edits(const py::tuple& t, double (&numbers)[3], LogitEdits* edits) {
   edits->repetition = per_row(t[0], &numbers[0]);
   edits->presence = per_row(t[1], &numbers[1]);
@@ -149,12 +167,13 @@ void fill_edits(const py::tuple& t, double (&numbers)[3], LogitEdits* edits) {
   edits->seen_ids = rows<int32_t>(t[5]);
   edits->seen_counts = rows<int32_t>(t[6]);
   edits->seen_n = indices(t, 7);
-  edits->bias = rows<float>(t[8]);
-  edits->bias_ids = rows<int64_t>(t[9]);
-  edits->bias_values = rows<float>(t[10]);
-  edits->bias_n = item<int64_t>(t, 11);
-  edits->allowed = rows<uint8_t>(t[12]);
-  edits->allowed_bits = rows<uint8_t>(t[13]);
+  edits->unseen = rows<uint8_t>(t[8]);
+  edits->bias = rows<float>(t[9]);
+  edits->bias_ids = rows<int64_t>(t[10]);
+  edits->bias_values = rows<float>(t[11]);
+  edits->bias_n = item<int64_t>(t, 12);
+  edits->allowed = rows<uint8_t>(t[13]);
+  edits->allowed_bits = rows<uint8_t>(t[14]);
 }
 
 // What a call of sample points to where a parameter is a number; it must outlive the call.

@@ -19,21 +19,10 @@ void attention_forward(const py::tuple& call, const py::tuple& out, const py::tu
   kernels().attention_forward(p);
 }
 
-// dlse and delta have lse's strides; dlse 0 = none.
 void attention_backward(const py::tuple& call, const py::tuple& out, const py::tuple& lse, const py::tuple& dout,
                         uintptr_t dlse, uintptr_t delta, const py::tuple& dq, const py::tuple& dk, const py::tuple& dv,
                         const py::object& dbias) {
-  AttentionBackwardParams p{};
-  p.fwd = attention_params(call);
-  p.fwd.out = view(out);
-  fill_lse(lse, &p.fwd);
-  p.dout = view(dout);
-  p.dlse = pointer<const void>(dlse);
-  p.delta = pointer<void>(delta);
-  p.dq = view(dq);
-  p.dk = view(dk);
-  p.dv = view(dv);
-  p.dbias = score_view(dbias);
+  AttentionBackwardParams p = backward_params(call, out, lse, dout, dlse, delta, dq, dk, dv, dbias);
   p.fast_bf16_dot = has_fast_bf16_dot();
   py::gil_scoped_release release;
   kernels().attention_backward(p);
@@ -102,16 +91,19 @@ void rms_norm(uintptr_t x, int64_t stride_x, uintptr_t weight, uintptr_t out, in
   kernels().rms_norm(p);
 }
 
-void silu_mul(uintptr_t gate_up, int64_t stride_gate_up, uintptr_t out, int64_t tokens, int64_t ffn, int nthreads) {
-  SiluMulParams p{};
-  p.gate_up = pointer<const float>(gate_up);
+void activate(uintptr_t x, int64_t stride_x, uintptr_t out, int64_t tokens, int64_t ffn, int kind, bool gated,
+              int nthreads) {
+  ActivateParams p{};
+  p.x = pointer<const float>(x);
   p.out = pointer<float>(out);
-  p.stride_gate_up = stride_gate_up;
+  p.stride_x = stride_x;
   p.tokens = tokens;
   p.ffn = ffn;
+  p.kind = static_cast<Activation>(kind);
+  p.gated = gated;
   p.nthreads = nthreads;
   py::gil_scoped_release release;
-  kernels().silu_mul(p);
+  kernels().activate(p);
 }
 
 // The first row whose token is a -SamplingError, or -1. logprobs: None, or (how many best, logprobs, best_ids,
@@ -140,10 +132,40 @@ int64_t sample(uintptr_t logits, int64_t stride_batch, int64_t batch, int64_t vo
   return -1;
 }
 
-void count_one_token_per_row(uintptr_t ids, uintptr_t counts, uintptr_t lengths, uintptr_t tokens, int64_t batch,
-                             int64_t capacity) {
-  count_tokens({pointer<int32_t>(ids), pointer<int32_t>(counts), pointer<int32_t>(lengths),
-                pointer<const int64_t>(tokens), batch, capacity});
+// draft, target: (address, batch stride, token stride); false where something is wrong with a row or a token.
+bool speculate(const py::tuple& draft, const py::tuple& target, uintptr_t drafted, const py::object& seeds,
+               const py::object& positions, uintptr_t totals, uintptr_t tokens, uintptr_t accepted, int64_t batch,
+               int64_t n, int64_t vocab, int dtype, int nthreads) {
+  int64_t integers[2];
+  SpeculativeParams p{};
+  p.draft = pointer<const void>(item<uintptr_t>(draft, 0));
+  p.draft_stride_batch = item<int64_t>(draft, 1);
+  p.draft_stride_token = item<int64_t>(draft, 2);
+  p.target = pointer<const void>(item<uintptr_t>(target, 0));
+  p.target_stride_batch = item<int64_t>(target, 1);
+  p.target_stride_token = item<int64_t>(target, 2);
+  p.drafted = pointer<const int64_t>(drafted);
+  p.seeds = per_row(seeds, &integers[0]);
+  p.positions = per_row(positions, &integers[1]);
+  p.totals = pointer<double>(totals);
+  p.tokens = pointer<int64_t>(tokens);
+  p.accepted = pointer<int64_t>(accepted);
+  p.batch = batch;
+  p.n = n;
+  p.vocab = vocab;
+  p.dtype = static_cast<DType>(dtype);
+  p.nthreads = nthreads;
+  py::gil_scoped_release release;
+  kernels().speculate(p);
+  for (int64_t row = 0; row < batch; ++row)
+    if (p.accepted[row] < 0) return false;
+  return true;
+}
+
+void count_one_token_per_row(uintptr_t ids, uintptr_t counts, uintptr_t lengths, uintptr_t unseen, uintptr_t tokens,
+                             int64_t batch, int64_t capacity, int64_t unseen_bytes) {
+  count_tokens({pointer<int32_t>(ids), pointer<int32_t>(counts), pointer<int32_t>(lengths), pointer<uint8_t>(unseen),
+                pointer<const int64_t>(tokens), batch, capacity, unseen_bytes});
 }
 
 py::list isas() {
@@ -158,6 +180,7 @@ py::list isas() {
 PYBIND11_MODULE(_C, m) {
   using namespace fastattn;
   m.doc() = "fastattn's CPU kernels. Arguments are trusted: call fastattn.attention and fastattn.sample instead.";
+  m.attr("MAX_HEADDIM") = kMaxHeaddim;
   m.def("isas", &isas, "Instruction sets that can run here, best first.");
   m.def("isa", [] { return kernels().name; }, "The instruction set in use.");
   m.def("select_isa", &select_kernels, "Use this instruction set from now on; '' = the best.");
@@ -169,6 +192,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("pack_linear", &pack_linear);
   m.def("linear", &linear);
   m.def("sample", &sample);
+  m.def("speculate", &speculate);
   m.def("count_tokens", &count_one_token_per_row);
   m.def("fma_loop", [](int64_t iterations, int nthreads) {
     py::gil_scoped_release release;
@@ -183,5 +207,5 @@ PYBIND11_MODULE(_C, m) {
     return kernels().max_loop(pointer<const float>(data), floats);
   });
   m.def("rms_norm", &rms_norm);
-  m.def("silu_mul", &silu_mul);
+  m.def("activate", &activate);
 }

@@ -32,6 +32,18 @@ void attention_forward(const py::tuple& call, const py::tuple& out, const py::tu
   check("attention_forward", error);
 }
 
+void attention_backward(const py::tuple& call, const py::tuple& out, const py::tuple& lse, const py::tuple& dout,
+                        uintptr_t dlse, uintptr_t delta, const py::tuple& dq, const py::tuple& dk, const py::tuple& dv,
+                        const py::object& dbias, uintptr_t stream) {
+  const AttentionBackwardParams p = backward_params(call, out, lse, dout, dlse, delta, dq, dk, dv, dbias);
+  int error;
+  {
+    py::gil_scoped_release release;
+    error = cuda_attention_backward(p, pointer<void>(stream));
+  }
+  check("attention_backward", error);
+}
+
 void append_kv(const py::tuple& call, uintptr_t stream) {
   const KVAppendParams p = append_params(call);
   int error;
@@ -74,6 +86,7 @@ PYBIND11_MODULE(_cuda, m) {
   m.def("architectures", &cuda_architectures, "What the kernels were compiled for, as nvcc names it.");
   m.def("plan_splits", &plan, "(splits, padded_rows) of a call: the partial results that it needs room for.");
   m.def("attention_forward", &attention_forward);
+  m.def("attention_backward", &attention_backward);
   m.def("append_kv", &append_kv);
   m.def("plan_sampling", &sampling_plan, "(blocks a row, board words) of batch rows of vocab logits.");
   m.def("sample", &sample);

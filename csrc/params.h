@@ -8,6 +8,8 @@ namespace fastattn {
 
 enum class DType : int32_t { f32 = 0, bf16 = 1, f16 = 2, f64 = 3, i8 = 4 };
 
+constexpr int64_t kMaxHeaddim = 512;  // of headdim and headdim_v; Python's MAX_HEADDIM is this one
+
 // Storage of the 16-bit floats: all arithmetic is fp32.
 struct bf16_t {
   uint16_t bits;
@@ -130,11 +132,15 @@ struct RmsNormParams {
   int nthreads;
 };
 
-struct SiluMulParams {
-  const float* gate_up;  // (tokens, 2 * ffn), unit stride along the columns, gate first
-  float* out;            // (tokens, ffn) contiguous
-  int64_t stride_gate_up;
+enum class Activation : int32_t { silu = 0, gelu = 1, gelu_tanh = 2, relu = 3 };
+
+struct ActivateParams {
+  const float* x;  // (tokens, ffn), or if gated (tokens, 2 * ffn), gate first; unit stride along the columns
+  float* out;      // (tokens, ffn) contiguous
+  int64_t stride_x;
   int64_t tokens, ffn;
+  Activation kind;
+  bool gated;
   int nthreads;
 };
 
@@ -165,7 +171,8 @@ struct LogitEdits {
   Rows<uint8_t> prompt;       // (batch, vocab): 1 = it has read it
   Rows<int32_t> seen_ids;     // (batch, .): instead, the tokens seen, ascending,
   Rows<int32_t> seen_counts;  // how often each was written, perhaps never,
-  const int32_t* seen_n;      // (batch,) and how many they are
+  const int32_t* seen_n;      // (batch,) how many they are,
+  Rows<uint8_t> unseen;       // (batch, .) and a bit for each token of the vocabulary, 0 = seen: unseen_bytes(vocab)
   Rows<float> bias;           // (batch, vocab)
   Rows<int64_t> bias_ids;     // (batch, bias_n): instead, tokens, -1 = none, and the values of each
   Rows<float> bias_values;
@@ -195,6 +202,21 @@ struct SamplingParams {
   int nthreads;
 };
 
+// Exact speculative sampling of a chain: which drafted tokens the target would have drawn, and the one that follows.
+struct SpeculativeParams {
+  const void* draft;   // (batch, n, vocab), unit stride along vocab; rows need not sum to 1
+  const void* target;  // (batch, n + 1, vocab), the same
+  int64_t draft_stride_batch, draft_stride_token, target_stride_batch, target_stride_token;
+  const int64_t* drafted;            // (batch, n) contiguous
+  PerRow<int64_t> seeds, positions;  // positions: of the first drafted token
+  double* totals;                    // (batch, 2 n + 1) working memory
+  int64_t* tokens;                   // (batch, n + 1) out: the accepted tokens, one more, then -1
+  int64_t* accepted;                 // (batch,) out: how many; -1 where something of the row is wrong
+  int64_t batch, n, vocab;
+  DType dtype;  // of draft and target
+  int nthreads;
+};
+
 // Of a row as it is; the second kind, as it is after edits; an id of bias_ids that is none.
 enum SamplingError : int64_t {
   kHasNaN = 1,
@@ -205,6 +227,9 @@ enum SamplingError : int64_t {
   kEditedNothingFinite,
   kBadBiasId
 };
+
+// Of the bits of LogitEdits::unseen of a row: they are read a word at a time.
+constexpr int64_t unseen_bytes(int64_t vocab) { return (vocab + 63) / 64 * 8; }
 
 constexpr int64_t kMaxVocab = int64_t{1} << 22;  // so that the mass of a row fits 64 bits: sampling_filters.h
 

@@ -131,8 +131,8 @@ PyObject* step(PyObject* const* args) {
       !fill_append(args, p, lengths.longest, capacity, &a))
     return nullptr;
   p.kv.seqlens = a.kv.seqlens = lengths.data;
-  PyObject* out = make_out(args[kQ], q, p.headdim_v, false);
-  PyObject* turned = out && a.rotary_cos ? make_out(args[kQ], q, p.headdim, false) : nullptr;
+  PyObject* out = make_out(args[kQ], q, p.headdim_v, false, false);
+  PyObject* turned = out && a.rotary_cos ? make_out(args[kQ], q, p.headdim, false, false) : nullptr;
   HeadRows rows;
   bool fits = out && read_rows(out, false, &rows, &v_dtype);
   if (fits) p.out = rows.view();

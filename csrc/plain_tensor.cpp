@@ -9,8 +9,6 @@ Binding& binding() {
   return b;
 }
 
-namespace {
-
 bool is_float(DLDataType t, DType* out) {
   if (t.lanes != 1) return false;
   if (t.code == kDLBfloat && t.bits == 16) return *out = DType::bf16, true;
@@ -23,25 +21,42 @@ bool is_float(DLDataType t, DType* out) {
   }
 }
 
-// No subclass, and no gradient wanted.
-bool is_plain(PyObject* object) {
-  const Binding& b = binding();
-  if (Py_TYPE(object) != b.tensor && Py_TYPE(object) != b.parameter) return false;
-  PyObject* wants = PyObject_GetAttr(object, b.requires_grad);
-  Py_XDECREF(wants);
-  return wants == Py_False;
+bool is_tensor(PyObject* object) {
+  return Py_TYPE(object) == binding().tensor || Py_TYPE(object) == binding().parameter;
 }
 
-}  // namespace
+bool wants_gradient(PyObject* tensor) {
+  PyObject* wants = PyObject_GetAttr(tensor, binding().requires_grad);
+  Py_XDECREF(wants);
+  return wants != Py_False;
+}
+
+bool is_negated(PyObject* tensor) {
+  PyObject* negated = PyObject_CallMethodNoArgs(tensor, binding().is_neg);
+  Py_XDECREF(negated);
+  return negated != Py_False;
+}
+
+bool view_of(PyObject* tensor, DLTensor* out) {
+  return binding().exchange->view(tensor, out) == 0 && out->device.type == kDLCpu && (out->strides || out->ndim == 0);
+}
+
+bool is_contiguous(const DLTensor& t) {
+  int64_t stride = 1;
+  for (int i = t.ndim - 1; i >= 0; --i) {
+    if (t.shape[i] != 1 && t.strides[i] != stride) return false;
+    stride *= t.shape[i] > 0 ? t.shape[i] : 1;
+  }
+  return true;
+}
 
 bool read_tensor(PyObject* object, DLTensor* out) {
-  return is_plain(object) && binding().exchange->view(object, out) == 0 && out->device.type == kDLCpu && out->strides;
+  return is_tensor(object) && !wants_gradient(object) && view_of(object, out) && out->strides;
 }
 
 bool read_rows(PyObject* object, bool heads_first, HeadRows* out, DType* dtype) {
   DLTensor t;
-  if (binding().exchange->view(object, &t) != 0) return false;
-  if (t.device.type != kDLCpu || t.ndim != 4 || !is_float(t.dtype, dtype) || !t.strides) return false;
+  if (!view_of(object, &t) || t.ndim != 4 || !is_float(t.dtype, dtype)) return false;
   const int seqlen = heads_first ? 2 : 1, heads = heads_first ? 1 : 2;
   *out = {static_cast<char*>(t.data) + t.byte_offset,
           t.shape[0],
@@ -56,16 +71,28 @@ bool read_rows(PyObject* object, bool heads_first, HeadRows* out, DType* dtype) 
 }
 
 bool rows_of(PyObject* object, bool heads_first, HeadRows* out, DType* dtype) {
-  return is_plain(object) && read_rows(object, heads_first, out, dtype);
+  return is_tensor(object) && !wants_gradient(object) && read_rows(object, heads_first, out, dtype);
 }
 
-PyObject* make_out(PyObject* object, const HeadRows& q, int64_t headdim_v, bool heads_first) {
+PyObject* make_out(PyObject* object, const HeadRows& q, int64_t headdim_v, bool heads_first, bool out_heads_first) {
   const Binding& b = binding();
-  if (headdim_v == q.dim && (heads_first || q.is_contiguous())) return PyObject_CallOneArg(b.empty_like, object);
-  PyObject* shape =
-      Py_BuildValue("(LLLL)", static_cast<long long>(q.batch), static_cast<long long>(heads_first ? q.heads : q.seqlen),
-                    static_cast<long long>(heads_first ? q.seqlen : q.heads), static_cast<long long>(headdim_v));
+  if (headdim_v == q.dim && heads_first == out_heads_first && (heads_first || q.is_contiguous()))
+    return PyObject_CallOneArg(b.empty_like, object);
+  PyObject* shape = Py_BuildValue(
+      "(LLLL)", static_cast<long long>(q.batch), static_cast<long long>(out_heads_first ? q.heads : q.seqlen),
+      static_cast<long long>(out_heads_first ? q.seqlen : q.heads), static_cast<long long>(headdim_v));
   PyObject* out = shape ? PyObject_CallMethodOneArg(object, b.new_empty, shape) : nullptr;
+  Py_XDECREF(shape);
+  return out;
+}
+
+PyObject* make_statistics(PyObject* object, const AttentionParams& p) {
+  const Binding& b = binding();
+  PyObject* shape = Py_BuildValue("(LLL)", static_cast<long long>(p.batch), static_cast<long long>(p.nheads),
+                                  static_cast<long long>(p.seqlen_q));
+  PyObject* out = !shape                  ? nullptr
+                  : p.dtype == DType::f64 ? PyObject_CallMethodOneArg(object, b.new_empty, shape)
+                                          : PyObject_CallOneArg(b.empty_floats, shape);
   Py_XDECREF(shape);
   return out;
 }

@@ -42,8 +42,7 @@ struct DLExchange {
   void* current_stream;
 };
 constexpr int32_t kDLCpu = 1;
-constexpr uint8_t kDLInt = 0, kDLFloat = 2, kDLBfloat = 4;
-constexpr int64_t kMaxHeaddim = 512;
+constexpr uint8_t kDLInt = 0, kDLUInt = 1, kDLFloat = 2, kDLBfloat = 4, kDLBool = 6;
 
 // What the module learns once, in bind_tensor.
 struct Binding {
@@ -51,12 +50,32 @@ struct Binding {
   PyTypeObject* tensor = nullptr;
   PyTypeObject* parameter = nullptr;
   PyObject* empty_like = nullptr;
+  PyObject* empty_tokens = nullptr;  // of sizes: an int64 tensor
+  PyObject* empty_floats = nullptr;  // the same, float32
+  PyObject* tokens = nullptr;        // the last that it made, of this many
+  int64_t tokens_batch = 0;
   PyObject* requires_grad = PyUnicode_InternFromString("requires_grad");
+  PyObject* is_neg = PyUnicode_InternFromString("is_neg");
   PyObject* new_empty = PyUnicode_InternFromString("new_empty");
+  PyObject* random = PyUnicode_InternFromString("random_");
 };
 Binding& binding();
 
-// Any tensor on the CPU that wants no gradient; false, perhaps with an exception set, for anything else.
+// Whether it is a tensor, and of no subclass.
+bool is_tensor(PyObject* object);
+
+// Of a tensor; true, with an exception set, where it cannot say.
+bool wants_gradient(PyObject* tensor);
+bool is_negated(PyObject* tensor);  // whether its values are the negatives of what memory holds
+
+// A tensor on the CPU; false, perhaps with an exception set, for one that is elsewhere or not dense.
+bool view_of(PyObject* tensor, DLTensor* out);
+
+bool is_float(DLDataType dtype, DType* out);
+bool is_contiguous(const DLTensor& t);
+
+// Any tensor on the CPU that wants no gradient, and has dimensions; false, perhaps with an exception set, for anything
+// else.
 bool read_tensor(PyObject* object, DLTensor* out);
 
 inline void* data_of(const DLTensor& t) { return static_cast<char*>(t.data) + t.byte_offset; }
@@ -72,6 +91,9 @@ struct HeadRows {
     return stride_dim == 1 && stride_heads == dim && stride_seqlen == heads * stride_heads &&
            stride_batch == seqlen * stride_seqlen;
   }
+  bool has_shape_of(const HeadRows& other) const {
+    return batch == other.batch && seqlen == other.seqlen && heads == other.heads && dim == other.dim;
+  }
   TensorView view() const { return {data, stride_batch, stride_seqlen, stride_heads}; }
 };
 
@@ -82,9 +104,12 @@ bool read_rows(PyObject* object, bool heads_first, HeadRows* out, DType* dtype);
 // The same of one that wants no gradient and is no subclass.
 bool rows_of(PyObject* object, bool heads_first, HeadRows* out, DType* dtype);
 
-// A fresh (batch, seqlen_q, nheads, headdim_v), contiguous; heads first it lies in memory as q does, as torch's. Null
-// with an exception set where memory is exhausted.
-PyObject* make_out(PyObject* object, const HeadRows& q, int64_t headdim_v, bool heads_first);
+// A fresh (batch, seqlen_q, nheads, headdim_v), contiguous; with heads first in q and out it lies in memory as q does,
+// as torch's. Null with an exception set where memory is exhausted.
+PyObject* make_out(PyObject* object, const HeadRows& q, int64_t headdim_v, bool heads_first, bool out_heads_first);
+
+// A fresh (batch, nheads, seqlen_q) of what the kernel computes in; `object` is q.
+PyObject* make_statistics(PyObject* object, const AttentionParams& p);
 
 // Whether q, k, v and the scale make a valid call; then p's views of them, its sizes and its scale are filled.
 bool fill_attention(const HeadRows& q, const HeadRows& k, const HeadRows& v, PyObject* scale, AttentionParams* p);

@@ -85,6 +85,26 @@ FASTATTN_HOST_DEVICE inline double exponential(uint32_t word0, uint32_t word1) {
   return -__builtin_log((bits + 0.5) * 0x1p-52);
 }
 
+// One token's clock by itself.
+inline double clock_of(const NoiseStream& stream, uint32_t id) {
+  const PhiloxBlock group = stream.block(noise_group(id), kGroupDomain);
+  const double least = exponential(group.word[0], group.word[1]) / kNoiseGroup;
+  if (has_least_clock(id, group.word[2])) return least;
+  const PhiloxBlock own = stream.block(id, kTokenDomain);
+  return least + exponential(own.word[0], own.word[1]);
+}
+
+// Other streams of a seed, which have nothing to do with its own: SplitMix64 (Steele, Lea, Flood, "Fast splittable
+// pseudorandom number generators", OOPSLA 2014) before and after the name comes in.
+inline uint64_t mix64(uint64_t x) {
+  x += 0x9E3779B97F4A7C15u;
+  x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9u;
+  x = (x ^ x >> 27) * 0x94D049BB133111EBu;
+  return x ^ x >> 31;
+}
+
+inline uint64_t stream_seed(uint64_t seed, uint64_t name) { return mix64(mix64(seed) ^ name); }
+
 #ifndef __CUDACC__
 // kLanes / 2 blocks side by side. A word is in the low half of its 64-bit lane; the high halves hold leftovers, which
 // the products of low halves never see.

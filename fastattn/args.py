@@ -13,9 +13,21 @@ from torch import Tensor
 if TYPE_CHECKING:
     from fastattn.token_counts import TokenCounts
 
+MAX_HEADDIM = 512  # csrc/params.h, kMaxHeaddim
 LogitBias = Tensor | tuple[Tensor, Tensor]
 NO_FEATURES: frozenset[str] = frozenset()
 APPEND_GRADIENTS = frozenset({"append_gradients"})
+
+
+def top_left(seqlen_q: int, seqlen_k: int) -> tuple[int, bool, tuple[int, int]]:
+    """A causal mask with its corner top-left, in terms of ``attention``'s, whose corner is bottom-right.
+
+    Returns:
+        How many keys anybody sees, and ``causal`` and ``window_size`` for a call with that many.
+    """
+    if seqlen_q <= seqlen_k:
+        return seqlen_q, True, (-1, -1)
+    return seqlen_k, False, (-1, seqlen_q - seqlen_k)
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,16 +102,6 @@ class AttentionArgs:
             "gradients": self.needs_grad,
         }
         return frozenset(name for name, is_used in used.items() if is_used)
-
-
-class AttentionGrads(NamedTuple):
-    """What a backward pass returns, in the shapes and dtypes of its inputs."""
-
-    dq: Tensor
-    dk: Tensor
-    dv: Tensor
-    dbias: Tensor | None = None
-    dsinks: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)

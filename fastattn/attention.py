@@ -15,7 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastattn import ops
+from fastattn import ops, plain
 from fastattn.args import AttentionArgs
 from fastattn.attention_checks import (
     check_modifiers,
@@ -24,7 +24,6 @@ from fastattn.attention_checks import (
     checked_scale,
     checked_window,
 )
-from fastattn.backends.cpu import plain_attention
 
 
 def attention(
@@ -73,19 +72,13 @@ def attention(
         ValueError, TypeError: an argument's shape, dtype, device or range; the message names it.
         NotImplementedError: the forced backend, or every backend, lacks a feature of this call.
     """
-    if (
-        plain_attention is not None
-        and backend in ("auto", "cpu")
-        and attn_bias is attn_mask is alibi_slopes is sinks is None
-        and softcap == dropout_p == 0.0
-        and window_size == (-1, -1)
-        and not return_lse
-        and not ops.is_tracing()
-        and not torch.is_autocast_enabled("cpu")
-    ):
-        quick = plain_attention(q, k, v, causal, softmax_scale, torch.get_num_threads())
+    if backend in ("auto", "cpu") and dropout_p == 0.0 and rng_state is None:
+        quick = plain.attention(
+            plain.ROWS_FIRST, q, k, v, causal, softmax_scale, True, window_size, softcap, attn_bias, attn_mask,
+            alibi_slopes, sinks, return_lse,
+        )  # fmt: skip
         if quick is not None:
-            return quick
+            return quick  # type: ignore[no-any-return]
     if torch.is_autocast_enabled("cpu"):
         q, k, v, attn_bias = ops.autocast(q, k, v, attn_bias)
     check_qkv(q, k, v)

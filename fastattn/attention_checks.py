@@ -8,7 +8,7 @@ from numbers import Integral, Real
 import torch
 from torch import Tensor
 
-from fastattn.args import AttentionArgs
+from fastattn.args import MAX_HEADDIM, AttentionArgs
 from fastattn.checks import (
     Shapes,
     check_broadcast,
@@ -20,7 +20,6 @@ from fastattn.checks import (
 )
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-MAX_HEADDIM = 512
 _WIDEST = 1 << 40
 
 

@@ -21,7 +21,7 @@ _PerRow = float | tuple[int]
 _SamplingCall = tuple[
     int, int, int, int, int, _PerRow, _PerRow, _PerRow, _PerRow, _PerRow, _PerRow, tuple[Any, ...] | None
 ]  # fmt: skip
-_FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # what kernels that compute in float read
+FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # what kernels that compute in float read
 
 
 def unit_stride(x: Tensor) -> Tensor:
@@ -61,7 +61,7 @@ class Modifiers:
         bias, mask = args.attn_bias, args.attn_mask
         if bias is not None:
             # Kernels read float32 and the 16-bit floats as they are; everything else becomes what they compute in.
-            if compute == torch.float64 or bias.dtype not in _FLOAT_DTYPES:
+            if compute == torch.float64 or bias.dtype not in FLOAT_DTYPES:
                 bias = bias.to(compute)
             bias = bias.resolve_neg().expand(shape)
         if mask is not None:
@@ -182,26 +182,27 @@ def sampling_call(args: SamplingArgs) -> _SamplingCall:
         batch,
         vocab,
         DTYPES[logits.dtype],
-        _number_or_address(args.temperature),
-        _number_or_address(args.top_k),
-        _number_or_address(args.top_p),
-        _number_or_address(args.min_p),
-        _number_or_address(args.seeds),
-        _number_or_address(args.positions),
+        number_or_address(args.temperature),
+        number_or_address(args.top_k),
+        number_or_address(args.top_p),
+        number_or_address(args.min_p),
+        number_or_address(args.seeds),
+        number_or_address(args.positions),
         None if args.edits is None else _edits(args.edits),
     )
 
 
-def _number_or_address(value: float | Tensor) -> float | tuple[int]:
+def number_or_address(value: float | Tensor) -> float | tuple[int]:
+    """What csrc/binding_params.h, per_row, reads."""
     return (address(value),) if isinstance(value, Tensor) else value
 
 
 def _edits(edits: LogitEdits) -> tuple[Any, ...]:
     """csrc/binding_params.h, fill_edits."""
     return (
-        _number_or_address(edits.repetition_penalty),
-        _number_or_address(edits.presence_penalty),
-        _number_or_address(edits.frequency_penalty),
+        number_or_address(edits.repetition_penalty),
+        number_or_address(edits.presence_penalty),
+        number_or_address(edits.frequency_penalty),
         *_seen(edits),
         *_bias(edits.logit_bias),
         *_allowed(edits.allowed),
@@ -211,8 +212,9 @@ def _edits(edits: LogitEdits) -> tuple[Any, ...]:
 def _seen(edits: LogitEdits) -> tuple[Any, ...]:
     counts = edits.token_counts
     if counts is None or isinstance(counts, Tensor):
-        return _rows(counts), _rows(edits.prompt_mask), None, None, 0
-    return None, None, _rows(counts.ids), _rows(counts.counts), address(counts.lengths)
+        return _rows(counts), _rows(edits.prompt_mask), None, None, 0, None
+    lists = _rows(counts.ids), _rows(counts.counts), address(counts.lengths), _rows(counts.unseen)
+    return None, None, *lists
 
 
 def _bias(bias: LogitBias | None) -> tuple[Any, ...]:

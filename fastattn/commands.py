@@ -1,11 +1,14 @@
-"""``fastattn generate | chat | info | doctor``: text goes to stdout, figures and errors to stderr."""
+"""``fastattn generate | chat | ppl | info | doctor``: text goes to stdout, figures and errors to stderr."""
 
 from __future__ import annotations
 
+import functools
+import inspect
 import json
 import os
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,6 +20,7 @@ from fastattn.backends import BACKENDS
 from fastattn.decoding import Completion, Stream
 from fastattn.generate import DTYPES, INSTALL_DEFAULT, LLM, default_model, find_model, load_model
 from fastattn.info import describe, readable
+from fastattn.perplexity import perplexity
 from fastattn.prompts import chat_messages, load_shots
 
 app = typer.Typer(
@@ -73,7 +77,45 @@ System = Annotated[str, typer.Option(show_default="the model's own", help="Syste
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON object on stdout instead of text.")]
 
 
+def _sampling(
+    temperature: Temperature = 0.8,
+    top_k: TopK = 40,
+    top_p: TopP = 0.95,
+    min_p: MinP = 0.0,
+    repetition_penalty: RepetitionPenalty = 1.0,
+    presence_penalty: PresencePenalty = 0.0,
+    frequency_penalty: FrequencyPenalty = 0.0,
+    logit_bias: LogitBias = None,
+    allowed: Allowed = None,
+    seed: Seed = None,
+    stop: Stop = None,
+) -> dict[str, Any]:
+    """How to draw, as the command line has it, for ``LLM.generate``."""
+    options = locals().copy()
+    # torch's own generator starts every process alike: ask the system for another seed.
+    return options | {
+        "seed": int.from_bytes(os.urandom(4), "big") if seed is None else seed,
+        "stop": stop or (),
+        "logit_bias": dict(map(_bias, logit_bias or ())),
+        "progress": _progress("reading the prompt"),
+    }
+
+
+def _takes_sampling(command: Callable[..., None]) -> Callable[..., None]:
+    """The command with the options of ``_sampling``, whose result is its ``**sampling``."""
+    own, more = (list(inspect.signature(f, eval_str=True).parameters.values()) for f in (command, _sampling))
+
+    @functools.wraps(command)
+    def run(**given: Any) -> None:
+        command(**{p.name: given.pop(p.name) for p in own[:-1]}, **_sampling(**given))
+
+    run.__signature__ = inspect.Signature([*own[:-1], *more])  # type: ignore[attr-defined]
+    run.__annotations__ = {p.name: p.annotation for p in (*own[:-1], *more)}
+    return run
+
+
 @app.command()
+@_takes_sampling
 def generate(
     prompt: Annotated[
         str, typer.Argument(show_default=False, help="The text to continue; - reads stdin.")
@@ -96,17 +138,6 @@ def generate(
     ] = "",
     model: Model = "",
     max_new_tokens: MaxNewTokens = 128,
-    temperature: Temperature = 0.8,
-    top_k: TopK = 40,
-    top_p: TopP = 0.95,
-    min_p: MinP = 0.0,
-    repetition_penalty: RepetitionPenalty = 1.0,
-    presence_penalty: PresencePenalty = 0.0,
-    frequency_penalty: FrequencyPenalty = 0.0,
-    logit_bias: LogitBias = None,
-    allowed: Allowed = None,
-    seed: Seed = None,
-    stop: Stop = None,
     ignore_eos: IgnoreEos = False,
     dtype: Dtype = "float32",
     threads: Threads = None,
@@ -115,6 +146,7 @@ def generate(
     logprobs: Annotated[
         int, typer.Option(help="With --json: log-probabilities of the text's tokens, and of the N best.")
     ] = 0,
+    **sampling: Any,
 ) -> None:
     """Continue a prompt, or with --chat answer it."""
     if logprobs and not as_json:
@@ -125,22 +157,7 @@ def generate(
         if not 0 <= n_shots <= len(examples):
             raise ValueError(f"n_shots: expected 0 to the {len(examples)} examples of --shots, got {n_shots}")
         examples = examples[:n_shots]
-    options = _options(
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        min_p=min_p,
-        repetition_penalty=repetition_penalty,
-        presence_penalty=presence_penalty,
-        frequency_penalty=frequency_penalty,
-        logit_bias=logit_bias,
-        allowed=allowed,
-        seed=seed,
-        stop=stop,
-        ignore_eos=ignore_eos,
-        logprobs=logprobs,
-    )
+    options = sampling | {"max_new_tokens": max_new_tokens, "ignore_eos": ignore_eos, "logprobs": logprobs}
     llm, load_seconds = _load(model, dtype, threads, backend)
     if chat or system:
         messages = chat_messages(text, examples, template, system=system or None)
@@ -174,40 +191,18 @@ def generate(
 
 
 @app.command()
+@_takes_sampling
 def chat(
     model: Model = "",
     system: System = "",
     max_new_tokens: MaxNewTokens = 512,
-    temperature: Temperature = 0.8,
-    top_k: TopK = 40,
-    top_p: TopP = 0.95,
-    min_p: MinP = 0.0,
-    repetition_penalty: RepetitionPenalty = 1.0,
-    presence_penalty: PresencePenalty = 0.0,
-    frequency_penalty: FrequencyPenalty = 0.0,
-    logit_bias: LogitBias = None,
-    allowed: Allowed = None,
-    seed: Seed = None,
-    stop: Stop = None,
     dtype: Dtype = "float32",
     threads: Threads = None,
     backend: Backend = "auto",
+    **sampling: Any,
 ) -> None:
     """Talk with a model: /exit or Ctrl-D ends, Ctrl-C cuts an answer short."""
-    options = _options(
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        min_p=min_p,
-        repetition_penalty=repetition_penalty,
-        presence_penalty=presence_penalty,
-        frequency_penalty=frequency_penalty,
-        logit_bias=logit_bias,
-        allowed=allowed,
-        seed=seed,
-        stop=stop,
-    )
+    options = sampling | {"max_new_tokens": max_new_tokens}
     llm, load_seconds = _load(model, dtype, threads, backend)
     conversation = llm.conversation(system or None)
     while (said := _ask()) is not None:
@@ -220,6 +215,39 @@ def chat(
             continue
         if _write(stream):
             print(figures(stream.completion, load_seconds), file=sys.stderr)
+
+
+@app.command()
+def ppl(
+    file: Annotated[str, typer.Argument(show_default=False, help="The text, in UTF-8; - reads stdin.")],
+    model: Model = "",
+    context: Annotated[
+        int | None,
+        typer.Option("--context", "-c", show_default="the model's, at most 1024", help="Tokens in a window."),
+    ] = None,
+    stride: Annotated[
+        int | None,
+        typer.Option("--stride", "-s", show_default="half of that", help="From one window to the next."),
+    ] = None,
+    dtype: Dtype = "float32",
+    threads: Threads = None,
+    backend: Backend = "auto",
+    as_json: AsJson = False,
+) -> None:
+    """Measure how well a model expects a text: its perplexity, over windows that overlap."""
+    text = _read_text(file)
+    llm, _ = _load(model, dtype, threads, backend)
+    began = time.perf_counter()
+    found = perplexity(llm, text, context=context, stride=stride, progress=_progress("scored"))
+    rate = found.tokens / (time.perf_counter() - began)
+    if as_json:
+        print(json.dumps({"model": str(llm.path), **found._asdict(), "tokens_per_second": rate}))
+        return
+    print(
+        f"perplexity {found.perplexity:.4f} +- {found.standard_error:.4f}, {found.bits_per_byte:.4f} bits per byte"
+    )
+    sizes = f"{found.tokens} tokens, {found.bytes} bytes | context {found.context}, stride {found.stride}"
+    print(f"[{sizes} | {rate:.1f} tok/s]", file=sys.stderr)
 
 
 @app.command()
@@ -265,6 +293,10 @@ def peak_memory() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
+def _read_text(source: str) -> str:
+    return sys.stdin.read() if source == "-" else Path(source).read_text(encoding="utf-8")
+
+
 def _read_prompt(prompt: str, file: str) -> str:
     if prompt and file:
         raise typer.BadParameter("give a prompt or --file, not both")
@@ -273,21 +305,7 @@ def _read_prompt(prompt: str, file: str) -> str:
         if not prompt:
             raise typer.BadParameter("a prompt, --file FILE, or - for stdin is needed")
         return prompt
-    text = sys.stdin.read() if source == "-" else Path(source).read_text(encoding="utf-8")
-    return text.removesuffix("\n")  # editors and echo end a file with it; nobody means it
-
-
-def _options(
-    *, seed: int | None, stop: list[str] | None, logit_bias: list[str] | None, **options: Any
-) -> dict[str, Any]:
-    """What was typed, as ``LLM.generate`` takes it."""
-    # torch's own generator starts every process alike: ask the system for another seed.
-    return options | {
-        "seed": int.from_bytes(os.urandom(4), "big") if seed is None else seed,
-        "stop": stop or (),
-        "logit_bias": dict(map(_bias, logit_bias or ())),
-        "progress": _show_progress if sys.stderr.isatty() else None,
-    }
+    return _read_text(source).removesuffix("\n")  # editors and echo end a file with it; nobody means it
 
 
 def _bias(text: str) -> tuple[int, float]:
@@ -334,12 +352,16 @@ def _write(stream: Stream) -> bool:
     return True
 
 
-def _show_progress(done: int, total: int) -> None:
-    """For prompts that are read in several parts: how far, on a line of its own that is wiped at the end."""
-    if done < total:
-        print(f"\rreading the prompt: {done} of {total} tokens", end="", file=sys.stderr, flush=True)
-    else:
-        print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+def _progress(what: str) -> Callable[[int, int], None] | None:
+    """For work in several parts: how far, on a line of its own that is wiped at the end; None where nobody looks."""
+
+    def show(done: int, total: int) -> None:
+        if done < total:
+            print(f"\r{what}: {done} of {total} tokens", end="", file=sys.stderr, flush=True)
+        else:
+            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+
+    return show if sys.stderr.isatty() else None
 
 
 def _ask() -> str | None:

@@ -6,12 +6,22 @@ Inference only: no gradients.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from fastattn.backends import cpu, cpu_serves
 from fastattn.checks import Shapes, check_dtype
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
+    "relu": F.relu,
+}
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -40,26 +50,53 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return F.rms_norm(x, (x.shape[1],), weight, eps)
 
 
-def silu_mul(gate_up: Tensor) -> Tensor:
-    """``silu(gate) * up`` of a gated MLP (arXiv 2002.05202), where gate and up lie side by side.
+def activate(x: Tensor, activation: str) -> Tensor:
+    """The activation function of an MLP, element by element.
 
     Args:
-        gate_up: (tokens, 2 * ffn) float32, any strides; the gate comes first.
+        x: (tokens, ffn) float32, any strides.
+        activation: "silu", "gelu" (exact), "gelu_tanh" (its approximation by tanh) or "relu".
 
     Returns:
         (tokens, ffn) float32.
 
     Raises:
-        ValueError, TypeError: a wrong shape or dtype, naming the argument.
+        ValueError, TypeError: a wrong shape, dtype or name, naming the argument.
+    """
+    Shapes().match("x", x, "tokens ffn")
+    _check(x, "x")
+    function = _function(activation)
+    return cpu.activate(x, activation, False) if cpu_serves(x) else function(x)
+
+
+def activate_mul(gate_up: Tensor, activation: str) -> Tensor:
+    """``activation(gate) * up`` of a gated MLP (arXiv 2002.05202), where gate and up lie side by side.
+
+    Args:
+        gate_up: (tokens, 2 * ffn) float32, any strides; the gate comes first.
+        activation: as in ``activate``.
+
+    Returns:
+        (tokens, ffn) float32.
+
+    Raises:
+        ValueError, TypeError: a wrong shape, dtype or name, naming the argument.
     """
     Shapes().match("gate_up", gate_up, "tokens 2*ffn")
     if gate_up.shape[1] % 2:
         raise ValueError(f"gate_up: expected (tokens, 2*ffn), got {tuple(gate_up.shape)}")
     _check(gate_up, "gate_up")
+    function = _function(activation)
     if cpu_serves(gate_up):
-        return cpu.silu_mul(gate_up)
-    gate, up = gate_up.chunk(2, dim=1)
-    return F.silu(gate) * up
+        return cpu.activate(gate_up, activation, True)
+    gate, up = gate_up.chunk(2, dim=1)  # each (tokens, ffn)
+    return function(gate) * up
+
+
+def _function(activation: str) -> Callable[[Tensor], Tensor]:
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation: expected one of {', '.join(ACTIVATIONS)}, got {activation!r}")
+    return ACTIVATIONS[activation]
 
 
 def _check(x: Tensor, name: str) -> None:

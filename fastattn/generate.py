@@ -271,7 +271,10 @@ class Conversation:
         return self._reply
 
     def _rewind(self, ids: list[int]) -> int:
-        """Cut the cache back to what it has in common with ``ids``, but not all of them; returns how much."""
+        """Cut the cache back to what it has in common with ``ids``, but not all of them; returns how much.
+
+        0 where a window layer no longer has what the next token would see.
+        """
         if self._cache is None or self._reply is None:
             room = min(len(ids) + CACHE_AHEAD, self.llm.config.max_seqlen)
             self._cache = self.llm.decoder.new_cache(1, room)
@@ -281,8 +284,7 @@ class Conversation:
         # The last token of the prompt is always fed: its logits are wanted.
         limit = min(len(held), len(ids) - 1)
         same = next((n for n in range(limit) if held[n] != ids[n]), limit)
-        self._cache.seqlens = torch.tensor([same], dtype=torch.int32)  # (1,)
-        return same
+        return self._cache.rewind([same])[0]
 
 
 def load_model(path: str | Path, *, dtype: str | torch.dtype = "float32") -> LLM:

@@ -10,6 +10,7 @@ from typing import Any
 
 from fastattn.model.config import Fields, ModelConfig
 from fastattn.model.gguf import GGUFFile
+from fastattn.model.kv_cache import tokens_kept
 from fastattn.model.registry import find_architecture, known_names
 from fastattn.model.safetensors import SafetensorsSource, read_json
 from fastattn.model.weights import ModelFileError
@@ -93,23 +94,41 @@ def _sizes(config: ModelConfig) -> dict[str, Any]:
         "heads": f"{config.nheads} query, {config.nheads_k} key/value, headdim {config.headdim}",
         "ffn size": config.ffn_size,
         "context": config.max_seqlen,
+        "attention": _attention(config),
         "vocabulary": config.vocab_size,
-        "positions": f"rotary, base {config.rope.base:g}" if config.rope else "learned",
+        "positions": _positions(config),
         "embeddings": "tied" if config.tie_embeddings else "separate head",
         "end tokens": list(config.eos_ids),
     }
+
+
+def _attention(config: ModelConfig) -> str:
+    if not config.local_layers:
+        return "to all tokens"
+    return f"to the last {config.window} tokens in {len(config.local_layers)} of {config.nlayers} layers"
+
+
+def _positions(config: ModelConfig) -> str:
+    if config.rope is None:
+        return "ALiBi" if config.alibi else "learned"
+    share = "" if config.rope.rotary_dim == config.headdim else f", {config.rope.rotary_dim} dimensions"
+    local = "" if config.local_rope is None else f" ({config.local_rope.base:g} in local layers)"
+    scaling = config.rope.scaling
+    stretch = "" if scaling is None else f", {scaling.kind} scaling by {scaling.factor:g}"
+    return f"rotary, base {config.rope.base:g}{local}{share}{stretch}"
 
 
 def _memory(config: ModelConfig, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
     """Parameters, and the bytes of weights and of a thousand cached tokens in every dtype."""
     matrices = sum(math.prod(shape) for shape in shapes.values() if len(shape) > 1)
     vectors = sum(math.prod(shape) for shape in shapes.values() if len(shape) <= 1)  # always float32
-    per_token = 2 * config.nlayers * config.nheads_k * config.headdim
+    tokens = sum(tokens_kept(config, layer, 1000) for layer in range(config.nlayers))
+    cached = 2 * tokens * config.nheads_k * config.headdim
     facts: dict[str, Any] = {"parameters": matrices + vectors}
     for dtype, size in DTYPE_BYTES.items():
         facts[f"weights in {dtype}"] = matrices * size + vectors * 4
     for dtype, size in DTYPE_BYTES.items():
-        facts[f"1000 cached tokens in {dtype}"] = 1000 * per_token * size
+        facts[f"1000 cached tokens in {dtype}"] = cached * size
     return facts
 
 

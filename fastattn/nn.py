@@ -9,43 +9,10 @@ from torch import Tensor
 from torch.nn.functional import linear, pad
 
 from fastattn import ops
+from fastattn.args import top_left
 from fastattn.attention import attention
 from fastattn.backends.reference_dropout import dropout_keep
 from fastattn.checks import check_like
-from fastattn.sdpa import top_left
-
-
-class MultiheadAttention(torch.nn.MultiheadAttention):
-    """Multi-head attention (arXiv 1706.03762) with the constructor and state_dict of ``torch.nn.MultiheadAttention``.
-
-    What differs: a query that sees no key has attention output 0 and weights 0, never NaN; ``need_weights`` changes
-    nothing about the output, which comes from the fused kernel either way; ``is_causal`` is honoured together with
-    ``key_padding_mask`` too.
-    """
-
-    def forward(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        key_padding_mask: Tensor | None = None,
-        need_weights: bool = True,
-        attn_mask: Tensor | None = None,
-        average_attn_weights: bool = True,
-        is_causal: bool = False,
-    ) -> tuple[Tensor, Tensor | None]:
-        """See ``multi_head_attention``."""
-        return multi_head_attention(
-            self,
-            query,
-            key,
-            value,
-            key_padding_mask,
-            need_weights,
-            attn_mask,
-            average_attn_weights,
-            is_causal,
-        )
 
 
 def multi_head_attention(
@@ -110,6 +77,17 @@ def multi_head_attention(
     out = out if batch_first else out.transpose(0, 1)
     out = linear(out.flatten(2), module.out_proj.weight, module.out_proj.bias)
     return (out if is_batched else out[0]), weights
+
+
+class MultiheadAttention(torch.nn.MultiheadAttention):
+    """Multi-head attention (arXiv 1706.03762) with the constructor and state_dict of ``torch.nn.MultiheadAttention``.
+
+    What differs: a query that sees no key has attention output 0 and weights 0, never NaN; ``need_weights`` changes
+    nothing about the output, which comes from the fused kernel either way; ``is_causal`` is honoured together with
+    ``key_padding_mask`` too.
+    """
+
+    forward = multi_head_attention
 
 
 class _Masks(NamedTuple):

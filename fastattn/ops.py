@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._subclasses.functional_tensor import FunctionalTensorMode
+from torch.autograd import forward_ad
 
 from fastattn.args import AttentionArgs, KVAppendArgs
 from fastattn.backends import reference, resolve
@@ -55,6 +56,7 @@ def is_tracing(*tensors: Tensor) -> bool:
         torch.compiler.is_compiling()
         or torch._C._functorch.peek_interpreter_stack() is not None
         or torch._C._len_torch_dispatch_stack() > 0
+        or forward_ad._current_level >= 0
         or any(type(x) not in _PLAIN for x in tensors)
     )
 
@@ -66,6 +68,8 @@ def attention(args: AttentionArgs, backend: str) -> tuple[Tensor, Tensor | None]
         NotImplementedError: the forced backend, or every backend, lacks a feature of this call.
     """
     tracing = is_tracing(args.q, args.k, args.v)
+    if forward_ad._current_level >= 0:
+        _check_no_tangents(args)
     if not args.needs_grad and not tracing:
         direct: tuple[Tensor, Tensor | None] = resolve(backend, args).attention(args)
         return direct
@@ -78,6 +82,32 @@ def attention(args: AttentionArgs, backend: str) -> tuple[Tensor, Tensor | None]
         call = _Transformed.apply
     out, lse = call(*_flat(args, backend))
     return out, (lse if args.return_lse else None)
+
+
+def _check_no_tangents(args: AttentionArgs) -> None:
+    """Derivatives in forward mode are not defined, and must not get lost."""
+    for name in _DIFFERENTIABLE:
+        x = getattr(args, name)
+        if x is None:
+            continue
+        if forward_ad.unpack_dual(x).tangent is not None:  # type: ignore[no-untyped-call]
+            raise NotImplementedError(f"{name}: attention has no forward-mode derivative, use backward mode")
+
+
+def attention_backward(
+    args: AttentionArgs, dout: Tensor, out: Tensor, lse: Tensor, *, needs_dbias: bool
+) -> tuple[Tensor, ...]:
+    """dq, dk, dv, dbias and dsinks, the last two empty where there are none, of a call whose lse nobody used.
+
+    Recorded, where autograd records.
+    """
+    flat = _flat(args, "auto")
+    if not torch.is_grad_enabled():
+        return _attention_backward(dout, None, out, lse, needs_dbias, *flat)
+    found: tuple[Tensor, ...] = torch.ops.fastattn.attention_backward(
+        dout, torch.zeros_like(lse), out, lse, needs_dbias, *flat
+    )
+    return found
 
 
 def check_served(args: AttentionArgs, backend: str) -> None:

@@ -7,10 +7,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastattn import ops
-from fastattn.args import AttentionArgs
-from fastattn.attention_checks import DTYPES, MAX_HEADDIM, check_modifiers, checked_scale
-from fastattn.backends.cpu import plain_sdpa
+from fastattn import ops, plain
+from fastattn.args import MAX_HEADDIM, AttentionArgs, top_left
+from fastattn.attention_checks import DTYPES, check_modifiers, checked_scale
 from fastattn.checks import check_dtype, check_like, check_range
 
 
@@ -47,16 +46,13 @@ def scaled_dot_product_attention(
         ValueError, TypeError: an argument's shape, dtype, device or range; the message names it.
         NotImplementedError: no backend can serve the call, with the reasons.
     """
-    if (
-        plain_sdpa is not None
-        and attn_mask is None
-        and dropout_p == 0.0
-        and not ops.is_tracing()
-        and not torch.is_autocast_enabled("cpu")
-    ):
-        quick = plain_sdpa(query, key, value, is_causal, scale, torch.get_num_threads(), enable_gqa)
+    if dropout_p == 0.0:
+        quick = plain.attention(
+            plain.TORCH, query, key, value, is_causal, scale, enable_gqa, plain.NO_WINDOW, 0.0, None, attn_mask, None,
+            None, False,
+        )  # fmt: skip
         if quick is not None:
-            return quick
+            return quick  # type: ignore[no-any-return]
     if torch.is_autocast_enabled("cpu"):
         query, key, value, attn_mask = ops.autocast(query, key, value, attn_mask)
     if type(is_causal) is not bool:
@@ -64,17 +60,6 @@ def scaled_dot_product_attention(
     _check_tensors(query, key, value)
     call = _as_batch(query, key, value, attn_mask, enable_gqa)
     return _run(call, query, dropout_p, is_causal, scale)
-
-
-def top_left(seqlen_q: int, seqlen_k: int) -> tuple[int, bool, tuple[int, int]]:
-    """A causal mask with its corner top-left, in terms of ``attention``'s, whose corner is bottom-right.
-
-    Returns:
-        How many keys anybody sees, and ``causal`` and ``window_size`` for a call with that many.
-    """
-    if seqlen_q <= seqlen_k:
-        return seqlen_q, True, (-1, -1)
-    return seqlen_k, False, (-1, seqlen_q - seqlen_k)
 
 
 class _Call(NamedTuple):

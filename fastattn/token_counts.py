@@ -17,7 +17,8 @@ class TokenCounts:
     """What each row of a batch has read and written so far.
 
     Where a dense (batch, vocab) tensor of counts must be read in full at every step, this is read, updated and stored
-    in proportion to the distinct tokens seen. ``fastattn.sample`` takes either as ``token_counts``.
+    in proportion to the distinct tokens seen, and a bit for each token of the vocabulary. ``fastattn.sample`` takes
+    either as ``token_counts``.
 
     Args:
         prompts: the prompt's token ids of each row, or the number of rows, whose prompts are then empty.
@@ -28,6 +29,7 @@ class TokenCounts:
         ids: (batch, capacity) int32, the distinct tokens of each row, ascending; then padding.
         counts: (batch, capacity) int32, how often each was drawn; 0 = it is only in the prompt.
         lengths: (batch,) int32, how many of a row's entries are in use.
+        unseen: (batch, 8 ceil(vocab / 64)) uint8, bit id % 8 of byte id // 8 is 0 for the tokens in the list, else 1.
 
     Raises:
         TypeError, ValueError: ids outside [0, vocab).
@@ -50,6 +52,7 @@ class TokenCounts:
         self.ids = torch.tensor(padded, dtype=torch.int32, device=device).reshape(len(rows), capacity)
         self.counts = torch.zeros_like(self.ids)
         self.lengths = torch.tensor([len(row) for row in rows], dtype=torch.int32, device=device)
+        self.unseen = _unseen(rows, vocab).to(device)
 
     @property
     def batch(self) -> int:
@@ -77,7 +80,7 @@ class TokenCounts:
         if self._longest >= self.ids.shape[1]:
             self._grow()
         tokens = tokens.to(torch.int64)
-        if not count_tokens(self.ids, self.counts, self.lengths, tokens):
+        if not count_tokens(self.ids, self.counts, self.lengths, self.unseen, tokens):
             self._insert(tokens.to(torch.int32)[:, None])
 
     def _insert(self, token: Tensor) -> None:
@@ -92,11 +95,16 @@ class TokenCounts:
         before = torch.where(new, 0, self.counts.gather(1, at))
         self.counts.scatter_(1, at, before + drawn.to(torch.int32))
         self.lengths += new[:, 0]
+        byte = (token.clamp(min=0) // 8).long()  # (batch, 1)
+        bits = self.unseen.gather(1, byte)
+        bit = torch.where(drawn, 1 << token % 8, 0).to(torch.uint8)
+        self.unseen.scatter_(1, byte, bits & ~bit)
 
     def select(self, rows: Sequence[int] | Tensor) -> None:
         """Keep these rows of the batch, in this order."""
         index = torch.as_tensor(rows, dtype=torch.int64, device=self.ids.device)
         self.ids, self.counts, self.lengths = self.ids[index], self.counts[index], self.lengths[index]
+        self.unseen = self.unseen[index]
 
     def dense(self) -> tuple[Tensor, Tensor]:
         """The same as full tensors: counts (batch, vocab) int32 of the drawn tokens, and (batch, vocab) bool, seen."""
@@ -114,3 +122,15 @@ class TokenCounts:
 
 def _room(entries: int) -> int:
     return max(64, 2 * entries)
+
+
+def _unseen(rows: list[list[int]], vocab: int) -> Tensor:
+    """``TokenCounts.unseen`` of these lists."""
+    size = 8 * -(-vocab // 64)
+    bits = bytearray(b"\xff") * (size * len(rows))
+    for n, row in enumerate(rows):
+        for token in row:
+            bits[n * size + token // 8] &= ~(1 << token % 8)
+    if not rows:
+        return torch.empty(0, size, dtype=torch.uint8)
+    return torch.frombuffer(bits, dtype=torch.uint8).reshape(len(rows), size)

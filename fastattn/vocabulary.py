@@ -16,6 +16,9 @@ from fastattn.model.weights import ModelFileError
 # tokenizer.ggml.token_type
 CONTROL, USER_DEFINED = 3, 4
 
+# Control tokens that end a turn in one chat format or another: they end a text where a file does not say so too.
+TURN_ENDS = ("<end_of_turn>", "<|im_end|>", "<|eot_id|>", "<|eom_id|>")
+
 # How a vocabulary spells bytes; "other" ones only the tokenizers package can decode.
 BYTE_LEVEL, SENTENCEPIECE, OTHER = "byte-level", "sentencepiece", "other"
 
@@ -37,8 +40,8 @@ class Vocabulary:
 class PreTokenizer:
     """How text is cut into words before BPE merges within them."""
 
-    pattern: str | None = None  # None: the GPT-2 pattern
-    split_digits: bool = False  # every digit on its own, before the pattern
+    patterns: tuple[str, ...] = ()  # each cuts what the one before left, (): as GPT-2 does
+    split_digits: bool = False  # every digit on its own, before the patterns
     ignore_merges: bool = False  # a word that is a token is that token, whatever the merges say
     add_bos: bool = False  # where the file does not say
 
@@ -52,7 +55,9 @@ def _contractions_words_numbers(numbers: str) -> str:
     )
 
 
-_LLAMA3 = PreTokenizer(_contractions_words_numbers(r"\p{N}{1,3}"), ignore_merges=True, add_bos=True)
+_LLAMA3 = PreTokenizer((_contractions_words_numbers(r"\p{N}{1,3}"),), ignore_merges=True, add_bos=True)
+_GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+_PUNCTUATION = r"[\p{P}$+<=>^~|`]+"
 
 # tokenizer.ggml.pre
 PRE_TOKENIZERS = {
@@ -62,7 +67,11 @@ PRE_TOKENIZERS = {
     "llama-bpe": _LLAMA3,
     "llama-v3": _LLAMA3,
     "llama3": _LLAMA3,
-    "qwen2": PreTokenizer(_contractions_words_numbers(r"\p{N}")),
+    "qwen2": PreTokenizer((_contractions_words_numbers(r"\p{N}"),)),
+    "olmo": PreTokenizer(),  # GPT-NeoX's too
+    "phi-2": PreTokenizer(),
+    "bloom": PreTokenizer((r" ?[^(\s|.,!?…。，、।۔،)]+",)),
+    "falcon": PreTokenizer((_PUNCTUATION, _GPT2, "[0-9]{3}")),
 }
 
 
@@ -122,6 +131,7 @@ def from_gguf(path: Path, metadata: dict[str, Any]) -> Vocabulary:
     _add_tokens(fields, backend, tokens)
     bos = _ids(fields, "bos", len(tokens))
     eos = [i for name in ("eos", "eot", "eom") for i in _ids(fields, name, len(tokens))]
+    eos += [i for i in map(backend.token_to_id, TURN_ENDS) if i in backend.get_added_tokens_decoder()]
     has_template = fields.has("tokenizer.chat_template")
     return Vocabulary(
         backend,
@@ -146,9 +156,8 @@ def _byte_level(fields: Fields, tokens: list[str], pre: PreTokenizer) -> Any:
     backend = tk.Tokenizer(_bpe(fields, tokens, merges, ignore_merges=pre.ignore_merges))
     pt = tk.pre_tokenizers
     steps = [pt.Digits(individual_digits=True)] if pre.split_digits else []
-    if pre.pattern is not None:
-        steps.append(pt.Split(tk.Regex(pre.pattern), behavior="isolated"))
-    steps.append(pt.ByteLevel(add_prefix_space=False, use_regex=pre.pattern is None))
+    steps += [pt.Split(tk.Regex(pattern), behavior="isolated") for pattern in pre.patterns]
+    steps.append(pt.ByteLevel(add_prefix_space=False, use_regex=not pre.patterns))
     backend.pre_tokenizer = pt.Sequence(steps)
     return backend
 

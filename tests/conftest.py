@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from pairs import SEED
-from simt.emulator import Emulator, build, compile_bindings
+from simt.emulator import Emulator, compile_bindings, compile_units, link
 from simt.machines import MACHINES, Gpu
 from tree import copy_tree
 
@@ -57,7 +57,8 @@ def cuda_bindings(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def emulator(tmp_path_factory: pytest.TempPathFactory, cuda_bindings: Path) -> Emulator:
     """The CUDA kernels, compiled for the CPU."""
-    return Emulator(build(tmp_path_factory.mktemp("simt"), cuda_bindings))
+    folder = tmp_path_factory.mktemp("simt")
+    return Emulator(link(folder, cuda_bindings, compile_units(folder)))
 
 
 @pytest.fixture(params=MACHINES)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 
 import pytest
 import torch
@@ -14,6 +13,7 @@ from tolerance import assert_accurate
 
 import fastattn
 from fastattn import _C, attention
+from fastattn.backends import cpu
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 HEADDIMS = [1, 40, 59, 64, 111, 128, 512]
@@ -183,7 +183,7 @@ def test_the_quick_way_is_the_same_way(dtype, monkeypatch):
             for scale in (None, 0.3, 1):
                 quick = attention(*call, causal=causal, softmax_scale=scale)
                 with monkeypatch.context() as patch:
-                    patch.setattr(sys.modules["fastattn.attention"], "plain_attention", None)
+                    patch.setattr(cpu, "plain_attention", None)
                     slow = attention(*call, causal=causal, softmax_scale=scale)
                 assert torch.equal(quick, slow)
                 assert quick.stride() == slow.stride()
@@ -195,6 +195,76 @@ def test_the_quick_way_is_the_same_way(dtype, monkeypatch):
     monkeypatch.setenv("FASTATTN_BACKEND", "tpu")
     with pytest.raises(ValueError, match="backend"):
         attention(q, k, v)
+
+
+def score_modifiers(dtype):
+    """Everything that the quick way reads, one at a time, and together; q (2, 5, 4, 24), k (2, 9, 2, 24)."""
+    compute = torch.float64 if dtype == torch.float64 else torch.float32
+    bias = torch.randn(2, 4, 5, 9).to(dtype)
+    calls = [
+        *({"attn_bias": x} for x in (bias, bias[:1, :1], bias[0, 0], bias[0, 0, 0], bias[..., :1], bias.to(compute))),
+        *({"attn_mask": x > 0} for x in (bias, bias[:, :1, :, :1], bias[0, 0], bias.transpose(2, 3).contiguous().transpose(2, 3))),
+        {"alibi_slopes": torch.rand(4, dtype=compute)},
+        {"alibi_slopes": torch.rand(2, 4, dtype=compute)},
+        {"sinks": torch.randn(4, dtype=compute)},
+        {"softcap": 2.0},
+        {"softcap": 3},
+        {"window_size": (2, 1)},
+        {"window_size": [2, 1]},
+        {"window_size": (2**70, 0)},
+        {"attn_bias": torch._neg_view(bias)},
+    ]  # fmt: skip
+    return [*calls, {k: v for call in calls[:-1] for k, v in call.items()}]
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=lambda d: str(d)[6:])
+def test_the_quick_way_reads_modifiers(dtype, causal, monkeypatch):
+    """With gradients and without, the bits of the long way."""
+    qkv = make(5, 9, 4, 2, 24, dtype, batch=2)
+    taken = []
+
+    def both(inputs, **call):
+        outs = [attention(*inputs, causal=causal, **call)]
+        with monkeypatch.context() as patch:
+            patch.setattr(cpu, "plain_attention", None)
+            outs.append(attention(*inputs, causal=causal, **call))
+        return outs
+
+    real = cpu.plain_attention
+
+    def counted(*call):
+        taken.append(answer := real(*call))
+        return answer
+
+    monkeypatch.setattr(cpu, "plain_attention", counted)
+    for call in score_modifiers(dtype):
+        assert torch.equal(*both(qkv, **call)), call
+        for quick, long in zip(*both(qkv, return_lse=True, **call)):
+            assert torch.equal(quick, long), call
+        leaves = [x.clone().requires_grad_() for x in qkv]
+        for name in ("attn_bias", "sinks"):
+            if name in call:
+                leaves.append(call[name].clone().requires_grad_())
+                call = {**call, name: leaves[-1]}
+        outs = both(leaves[:3], **call)
+        grads = [torch.autograd.grad(out.square().sum(), leaves) for out in outs]
+        assert all(torch.equal(a, b) for a, b in zip(*grads)), call
+    assert sum(x is not None for x in taken) > 0.7 * len(taken)  # it was the quick way
+
+
+def test_the_limit_of_headdim_is_one():
+    from fastattn.args import MAX_HEADDIM
+
+    assert MAX_HEADDIM == _C.MAX_HEADDIM
+
+
+def test_forward_mode_is_refused_and_no_tangent_lost():
+    q, k, v = make(5, 9, 4, 2, 24, torch.float32)
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(q, torch.ones_like(q))
+        with pytest.raises(NotImplementedError):
+            attention(dual, k, v)
 
 
 @pytest.mark.parametrize("widest", [2**31 - 1, 2**63 - 1, 2**70])

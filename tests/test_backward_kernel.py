@@ -6,17 +6,25 @@ Tolerance is earned: at most three times the error of the same composite in the 
 from __future__ import annotations
 
 import itertools
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 from tolerance import assert_accurate
 from torch import Tensor
 
-from fastattn.args import AttentionArgs, AttentionGrads
+from fastattn.args import AttentionArgs
 from fastattn.backends import cpu
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+class AttentionGrads(NamedTuple):
+    dq: Tensor
+    dk: Tensor
+    dv: Tensor
+    dbias: Tensor | None = None
+    dsinks: Tensor | None = None
 
 
 def composite(args: AttentionArgs, keep: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -147,13 +147,13 @@ def test_the_plot_follows_from_the_rows_alone(tmp_path):
 
 def test_models_are_measured_and_tabled():
     pytest.importorskip("transformers")
-    from model_rows import MODELS, geometric_mean, model_rows
+    from model_rows import MODELS, WORKS, bench_models, geometric_mean, model_rows
 
     rows = [
         row
         for model in MODELS
         if model.name.startswith(("BLOOM", "T5"))
-        for row in model_rows(model, 16, True)
+        for row in model_rows(model, 16, list(WORKS), True)
     ]
     for row in rows:
         others = {who: t["min"] for who, t in row["seconds"].items() if who != "fastattn"}
@@ -164,5 +164,9 @@ def test_models_are_measured_and_tabled():
     assert geometric_mean([0.5, 2.0, 8.0]) == pytest.approx(2.0)
     record = {"rows": rows, "geometric_mean": 1.0, "environment": made_record()["environment"]}
     text = "\n".join(report.models_table(record))
-    assert "| BLOOM-560M, 4 layers | 16 |" in text
+    assert "| BLOOM-560M, 1 | adapter: causal self-attention with ALiBi | 16 |" in text
     assert "x eager" in text
+    kept = {**rows[-1], "seqlen": 32, "mark": "kept"}  # only what is asked for is measured anew
+    first, second = bench_models(True, ["T5-small:32:forward"], {"rows": [kept]})["rows"]
+    assert (first["model"], first["seqlen"], first["what"]) == ("T5-small", 32, "forward")
+    assert second == kept

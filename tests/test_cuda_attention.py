@@ -301,7 +301,9 @@ def test_what_the_backend_lacks_it_names():
     assert cuda._lacks(plain_args(q, k, v)) is None
     assert cuda._lacks(plain_args(q.float(), k.float(), v.float())) is None
     assert cuda._lacks(plain_args(q.double(), k.double(), v.double())) == "lacks dtype 'float64'"
-    assert cuda._lacks(plain_args(q, k, v, needs_grad=True)) == "lacks 'gradients'"
+    assert cuda._lacks(plain_args(q, k, v, needs_grad=True)) is None
+    trained = plain_args(q.float(), k.float(), v.float(), needs_grad=True)
+    assert cuda._lacks(trained) == "lacks 'gradients in float32'"
     wide = torch.zeros(1, 4, 2, 264, dtype=torch.float16)
     assert cuda._lacks(plain_args(wide, wide, wide)) == "lacks headdim above 256 in float16"
     wide = torch.zeros(1, 4, 2, 136)

@@ -34,6 +34,16 @@ def test_250_runs_are_equal_to_the_bit(rows):
         assert torch.equal(again[1], lse)
 
 
+def test_250_gradients_are_equal_to_the_bit():
+    q, k, v = (x.cuda().requires_grad_() for x in tensors(torch.float16, 2, 700, 900, 8, 2, 64))
+    dout = torch.randn(2, 700, 8, 64, dtype=torch.float16, device="cuda")
+    out = fastattn.attention(q, k, v, causal=True, backend="cuda")
+    expected = torch.autograd.grad(out, (q, k, v), dout, retain_graph=True)
+    for _ in range(250):
+        again = torch.autograd.grad(out, (q, k, v), dout, retain_graph=True)
+        assert all(torch.equal(a, b) for a, b in zip(again, expected))
+
+
 def test_a_decode_step_in_a_graph():
     """Lengths live on the GPU: one captured step serves as they grow."""
     q, k, v = (x.cuda() for x in tensors(torch.float16, 2, 1, 2000, 8, 2, 64))

@@ -57,7 +57,7 @@ class TableDecoder:
             history = [int(token) for token in cache.k[0][row, :end, 0, 0]]
             logits = [self.logits(history[: n + 1]) for n in range(start, end)]
             rows += logits if all_logits else logits[-1:]
-        cache.seqlens = cache.seqlens + torch.tensor(seqlens, dtype=torch.int32)
+        cache.advance([start + n for start, n in zip(starts, seqlens)])
         return torch.stack(rows)
 
     def logits(self, history: list[int]) -> torch.Tensor:

@@ -83,7 +83,9 @@ def test_a_row_is_measured() -> None:
     row = sampling_rows.work_row(FIRST, 500, QUICK)
     seconds = row["seconds"]
     read = seconds["read"]["min"] - seconds["read, fixed"]["min"]
-    assert row["reads"] == (seconds["fastattn"]["min"] - seconds["fastattn, fixed"]["min"]) / read
+    assert row["reads"] == (row["draws"]["median"] - seconds["fastattn, fixed"]["min"]) / read
+    assert row["reads_mean"] == (row["draws"]["mean"] - seconds["fastattn, fixed"]["min"]) / read
+    assert row["draws"]["median"] <= row["draws"]["p99"]
     assert row["required"] == {"reads": 3.0, "speedup": 200.0}
     assert set(row["speedups"]["min"]) == {"transformers", "torch.topk", "partial_sort"}
     assert row["speedup"] == row["beside"]["transformers"]["min"] / row["beside"]["fastattn"]["min"]
@@ -95,7 +97,8 @@ def test_the_other_rows_are_measured() -> None:
     penalties = sampling_rows.penalties_row(2000, QUICK)
     hurt = sampling_rows.adversarial_row("two values", FIRST, 500, QUICK)
     batch = sampling_rows.batch_row(FIRST, 100, QUICK)
-    fixed = sampling_rows.fixed_row(QUICK)
+    dense = sampling_rows.penalties_row(2000, QUICK, dense=True)
+    fixed = sampling_rows.fixed_row("fresh seeds", QUICK)
     assert torch.get_num_threads() == before
     seconds = penalties["seconds"]
     more = [seconds[name]["min"] - seconds[f"{name}, fixed"]["min"] for name in ("with", "without", "read")]
@@ -104,7 +107,10 @@ def test_the_other_rows_are_measured() -> None:
     assert hurt["times"] == (slow - none) / (fast - none)
     assert batch["speedup"] == batch["seconds"]["1 thread"]["min"] / batch["seconds"]["2 threads"]["min"]
     assert fixed["call_seconds"] == fixed["seconds"]["fastattn"]["min"]
-    for row in (penalties, hurt, batch, fixed):
+    assert dense["kind"] == "dense"
+    reads = [batch["seconds"][f"read, {name}"]["min"] for name in ("1 thread", "2 threads")]
+    assert batch["read_speedup"] == reads[0] / reads[1]
+    for row in (penalties, dense, hurt, batch, fixed):
         assert sampling_rows.line(row)
         json.dumps(row)
 
@@ -122,20 +128,33 @@ def test_a_row_is_met_when_all_that_is_required_is() -> None:
 
 
 def made_record() -> report.Row:
-    def seconds(us: float) -> dict[str, dict[str, float]]:
-        return {"fastattn": {"min": us * 1e-6, "median": us * 1e-6}}
+    def work(name: str, vocab: int, us: float, reads: float, **more: Any) -> report.Row:
+        draws = {"median": us * 1e-6, "mean": us * 1e-6, "p99": us * 1e-6}
+        return record(
+            "work",
+            name,
+            vocab,
+            {},
+            draws=draws,
+            reads=reads,
+            reads_mean=reads + 1,
+            reads_p99=reads + 9,
+            **more,
+        )
 
     peers = {"transformers": 250.0, "torch.topk": 12.5, "partial_sort": 6.25}
     rows = [
-        record("work", FIRST, vocab, seconds(us), reads=reads, speedup=250.0, speedups={"min": peers}, required={"reads": 3.0, "speedup": 200.0})
+        work(FIRST, vocab, us, reads, speedup=250.0, speedups={"min": peers}, required={"reads": 3.0, "speedup": 200.0})
         for vocab, us, reads in ((32000, 11.0, 2.5), (128256, 30.0, 3.5))
     ] + [
-        record("work", "min-p 0.05 alone", 32000, seconds(9.0), reads=2.0, speedup=99.0, speedups={"min": {"transformers": 99.0}}, required={"reads": 4.0}),
+        work("min-p 0.05 alone", 32000, 9.0, 2.0, speedup=99.0, speedups={"min": {"transformers": 99.0}}, required={"reads": 4.0}),
         record("penalties", "all penalties, 1000 tokens seen", 128256, {}, reads=0.5, required={"reads": 1.0}),
         record("adversarial", FIRST, 128256, {}, row="all equal", times=4.5, required={"times": 4.0}),
         record("adversarial", FIRST, 32000, {}, row="all equal", times=1.5, required={"times": 4.0}),
-        record("batch", FIRST, 32000, {}, batch=64, speedup=1.9, required={"speedup": 1.8}),
-        record("fixed", FIRST, 1, {}, call_seconds=8.5e-6, required={"call_seconds": 10e-6}),
+        record("dense", "dense counts", 32000, {}, reads=2.5, required={}),
+        record("batch", FIRST, 32000, {}, batch=64, speedup=1.9, read_speedup=1.7, required={"speedup": 1.8}),
+        record("fixed", "numbers", 1, {}, call_seconds=3.5e-6, required={"call_seconds": 10e-6}),
+        record("fixed", "fresh seeds", 1, {}, call_seconds=10.5e-6, required={"call_seconds": 10e-6}),
     ]  # fmt: skip
     environment = {
         "cpu": "CPU",
@@ -151,15 +170,18 @@ def made_record() -> report.Row:
 
 def test_the_table_says_what_is_missed() -> None:
     text = "\n".join(report.sampling_table(made_record()))
-    assert f"| {FIRST} | 11 us, 2.5 reads, 250x | *30 us, 3.5 reads, 250x* | 3 reads, 200x |" in text
-    assert "| min-p 0.05 alone | 9 us, 2.0 reads, 99x |  | 4 reads |" in text
+    cells = "11 us, 2.5 (3.5, 11.5) reads, 250x | *30 us, 3.5 (4.5, 12.5) reads, 250x*"
+    assert f"| {FIRST} | {cells} | 3 reads, 200x |" in text
+    assert "| min-p 0.05 alone | 9 us, 2.0 (3.0, 11.0) reads, 99x |  | 4 reads |" in text
     assert "| all penalties, 1000 tokens seen |  | 0.5 reads more | 1 read more |" in text
     assert "over llama.cpp's way: 6.2x (32000), 6.2x (128256)." in text
     assert (
         f"at most *4.5* times the random row ({FIRST}, all equal, 128256); 1 of 2 are above 4 times." in text
     )
-    assert "Batch 64, two threads over one, in the order of the table: 1.90." in text
-    assert "A call's fixed cost: 8.5 us." in text
+    assert "* dense counts: 2.5 (32000) reads more." in text
+    assert "Batch 64, two threads over one, in the order of the table: 1.90; a read of the same" in text
+    assert "nothing else: 1.70." in text
+    assert "A call's fixed cost: 3.5 us (numbers), *10.5 us* (fresh seeds)." in text
 
 
 def test_readme_has_room_for_the_table() -> None:

@@ -272,9 +272,14 @@ def test_token_counts_count(kernel: bool, monkeypatch: pytest.MonkeyPatch) -> No
         for row in range(3):
             ids = counts.ids[row, : counts.lengths[row]]
             assert torch.equal(ids, torch.from_numpy(np.flatnonzero(seen[row])).int())
+        bits = np.unpackbits(counts.unseen.numpy(), axis=1, bitorder="little")
+        assert np.array_equal(bits[:, :300] == 0, seen)
+        assert bits[:, 300:].all()
     assert np.array_equal(counts.dense()[0].numpy(), dense)
     assert np.array_equal(counts.dense()[1].numpy(), seen)
     counts.select([2, 0])
+    unseen = np.unpackbits(counts.unseen.numpy(), axis=1, bitorder="little")[:, :300]
+    assert np.array_equal(unseen == 0, seen[[2, 0]])
     assert np.array_equal(counts.dense()[0].numpy(), dense[[2, 0]])
     assert counts.batch == 2
 

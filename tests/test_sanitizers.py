@@ -1,4 +1,4 @@
-"""The kernel tests on an AddressSanitizer + UndefinedBehaviorSanitizer build of the C++."""
+"""The kernels, for CPUs and emulated, on AddressSanitizer + UndefinedBehaviorSanitizer builds."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import subprocess
 import sys
 
 import pytest
+from simt.emulator import compile_units, link
+from simt.sanitized import SANITIZE
 from tree import run
 
 KERNEL_TESTS = [
@@ -26,12 +28,31 @@ KERNEL_TESTS = [
 ]
 
 
-def test_kernels_under_sanitizers(source):
+@pytest.fixture
+def preload():
+    """The environment of a Python that can import what is built with sanitizers."""
     runtime = subprocess.run(
         ["g++", "-print-file-name=libasan.so"], capture_output=True, text=True
     ).stdout.strip()
     if "/" not in runtime:
         pytest.skip("the compiler has no AddressSanitizer runtime (libasan.so)")
+    return {
+        "LD_PRELOAD": f"{runtime}:{runtime.replace('libasan', 'libubsan')}",
+        "ASAN_OPTIONS": "detect_leaks=0:abort_on_error=1",  # CPython itself leaks at exit
+        "UBSAN_OPTIONS": "print_stacktrace=1",
+    }
+
+
+def test_emulated_cuda_kernels_under_sanitizers(preload, cuda_bindings, tmp_path):
+    objects = compile_units(
+        tmp_path, headdims=(64,), flags=("-O1", "-w", "-DFASTATTN_CUDA_TYPES=f16_t,float", *SANITIZE)
+    )
+    module = link(tmp_path, cuda_bindings, objects, SANITIZE[:1])
+    out = run(sys.executable, "tests/simt/sanitized.py", module, **preload)
+    assert "clean: forward" in out, out
+
+
+def test_kernels_under_sanitizers(source, preload):
     run(
         sys.executable,
         "setup.py",
@@ -40,12 +61,7 @@ def test_kernels_under_sanitizers(source):
         cwd=source,
         FASTATTN_SANITIZE="address,undefined",
     )
-    preload = {
-        "LD_PRELOAD": f"{runtime}:{runtime.replace('libasan', 'libubsan')}",
-        "ASAN_OPTIONS": "detect_leaks=0:abort_on_error=1",  # CPython itself leaks at exit
-        "UBSAN_OPTIONS": "print_stacktrace=1",
-        "PYTHONPATH": str(source),
-    }
+    preload = preload | {"PYTHONPATH": str(source)}
     out = run(
         sys.executable,
         "-m",

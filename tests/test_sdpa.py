@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from oracles import attention64
 
 from fastattn import attention, scaled_dot_product_attention
+from fastattn.backends import cpu
 
 SHAPES = {  # query, key, value
     "4-D": ((2, 4, 5, 8), (2, 4, 7, 8), (2, 4, 7, 8)),
@@ -186,20 +187,33 @@ def test_vmap():
         torch.testing.assert_close(found[i], scaled_dot_product_attention(q[i], k, v[i]))
 
 
-def test_the_quick_way_and_the_long_way_agree(monkeypatch):
-    import sys
-
+@pytest.mark.parametrize("requires_grad", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_quick_way_and_the_long_way_agree(dtype, requires_grad, monkeypatch):
+    bias = torch.randn(2, 1, 1, 7)
     cases = [
-        (n, {"is_causal": c, "enable_gqa": n in SHARED})
+        (n, {"is_causal": c, "enable_gqa": n in SHARED, "attn_mask": mask})
         for n in ("4-D", "GQA", "one query", "more queries than keys")
         for c in (False, True)
+        for mask in (
+            None,
+            bias,
+            bias > 0,
+            bias.bfloat16() if dtype == torch.bfloat16 else bias.half().float(),
+        )
     ]
     for name, call in cases:
-        inputs = tensors({**SHAPES, **SHARED}[name], torch.float32)
-        quick = scaled_dot_product_attention(*inputs, **call)
+        inputs = tensors({**SHAPES, **SHARED}[name], dtype, requires_grad)
+        outs = [scaled_dot_product_attention(*inputs, **call)]
         with monkeypatch.context() as without:
-            without.setattr(sys.modules["fastattn.sdpa"], "plain_sdpa", None)
-            assert torch.equal(quick, scaled_dot_product_attention(*inputs, **call)), name
+            without.setattr(cpu, "plain_attention", None)
+            outs.append(scaled_dot_product_attention(*inputs, **call))
+        assert torch.equal(*outs), name
+        assert outs[0].stride() == outs[1].stride()
+        if requires_grad:
+            weight = torch.randn_like(outs[0])
+            grads = [torch.autograd.grad(out, inputs, weight) for out in outs]
+            assert all(torch.equal(a, b) for a, b in zip(*grads)), name
 
 
 R = torch.randn

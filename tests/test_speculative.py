@@ -13,7 +13,7 @@ from scipy.stats import chi2_contingency
 from torch import Tensor
 
 import fastattn
-from fastattn.sampling import speculative_sample
+from fastattn.sampling import speculative, speculative_sample
 
 VOCAB, DRAWS = 6, 1_000_000
 BACKENDS = ["cpu", "reference"]
@@ -145,8 +145,9 @@ def test_where_rounding_leaves_nothing() -> None:
     with refuse:  # a coin that chance 1 never shows: all that is left of p is p itself
         rows = torch.stack((q, q)).expand(64, 2, 2)
         made, _ = speculative_sample(
-            q.expand(64, 1, 2), torch.zeros(64, 1, dtype=torch.int64), rows, torch.arange(64)
-        )
+            q.expand(64, 1, 2), torch.zeros(64, 1, dtype=torch.int64), rows, torch.arange(64),
+            backend="reference",
+        )  # fmt: skip
     assert set(made[:, 0].tolist()) == {0, 1}
 
 
@@ -183,6 +184,36 @@ def test_rows_are_independent_of_batch_and_threads(isa: str, threads: None) -> N
         assert torch.equal(speculative_sample(**inputs).tokens, made)
     reference = speculative_sample(**inputs, backend="reference")
     assert torch.equal(reference.tokens, made)
+
+
+@pytest.mark.parametrize("vocab", [1, 33, 5003])
+@pytest.mark.parametrize(
+    ("draft", "target"),
+    [
+        (torch.float32, torch.float32), (torch.bfloat16, torch.bfloat16), (torch.float16, torch.float16),
+        (torch.float32, torch.float16), (torch.float64, torch.float32),
+    ],
+)  # fmt: skip
+def test_the_kernel_does_what_the_definition_says(
+    isa: str, vocab: int, draft: torch.dtype, target: torch.dtype
+) -> None:
+    inputs = call(12, n=3, vocab=vocab)
+    inputs["draft_probs"] = (3 * inputs["draft_probs"]).to(draft)
+    inputs["target_probs"] = inputs["target_probs"].to(target)
+    for name, share in (("draft_probs", 3.0), ("target_probs", 0.7)):  # accepted or not, by chance
+        inputs[name][:, :3].scatter_(2, inputs["draft_tokens"][..., None], share)
+    inputs["target_probs"][:, :, ::2] *= 0.5
+    expected = speculative._composed(**inputs, backend="cpu")
+    assert vocab == 1 or len(expected.accepted.unique()) > 2
+    strided = {  # rows apart, the vocabulary apart, a tensor that repeats
+        "draft_probs": inputs["draft_probs"].repeat(1, 1, 2)[:, :, :vocab],
+        "target_probs": inputs["target_probs"].transpose(1, 2).contiguous().transpose(1, 2),
+        "draft_tokens": inputs["draft_tokens"].int().t().contiguous().t(),
+    }
+    for changes in ({}, strided):
+        made = speculative_sample(**(inputs | changes))
+        assert torch.equal(made.tokens, expected.tokens)
+        assert torch.equal(made.accepted, expected.accepted)
 
 
 def test_numbers_stand_for_every_row() -> None:

@@ -95,6 +95,10 @@ class TestByteLevel:
             ("smollm", ["it", "'s", "Ġ", "1", "2", "3", "4", "5", "!!", "Ċ", "ĠX"]),
             ("llama-bpe", ["it", "'s", "Ġ", "123", "45", "!!Ċ", "ĠX"]),
             ("qwen2", ["it", "'s", "Ġ", "1", "2", "3", "4", "5", "!!Ċ", "ĠX"]),
+            ("olmo", ["it", "'s", "Ġ12345", "!!", "Ċ", "ĠX"]),
+            ("phi-2", ["it", "'s", "Ġ12345", "!!", "Ċ", "ĠX"]),
+            ("bloom", ["it's", "Ġ12345", "!!Ċ", "ĠX"]),
+            ("falcon", ["it", "'", "s", "Ġ", "123", "45", "!!", "Ċ", "ĠX"]),
         ],
     )
     def test_words(self, pre, words):
@@ -111,6 +115,15 @@ class TestByteLevel:
 
     def test_all_ends_count(self):
         assert tiny_tokenizer(eot_token_id=1, eom_token_id=0).eos_ids == (0, 1)
+
+    def test_ends_of_turns_are_known_by_name(self):
+        """Only where they are control tokens: in a text they are text."""
+        tokens = byte_level_metadata()["tokenizer.ggml.tokens"]
+        tokens = ["<end_of_turn>" if token == "<|start|>" else token for token in tokens]
+        types = [3 if n < 2 else 1 for n in range(len(tokens))]
+        assert tiny_tokenizer(tokens=tokens, token_type=types).eos_ids == (END, START)
+        types[START] = 1
+        assert tiny_tokenizer(tokens=tokens, token_type=types).eos_ids == (END,)
 
     def test_user_defined_tokens_are_text(self):
         types = [4 if n == 0 else 1 for n in range(len(byte_level_metadata()["tokenizer.ggml.tokens"]))]

@@ -60,20 +60,50 @@ void rms_norm(const RmsNormParams& p) {
   });
 }
 
-// out = silu(gate) * up, silu(g) = g / (1 + exp(-g)) (Shazeer, arXiv 2002.05202).
+// factor / (1 + exp(-x)). exp2 ends at 126: below -87 it counts as 2^-126 instead of less.
 template <class Vec>
-void silu_mul(const SiluMulParams& p) {
-  for_rows(p.tokens, 2 * p.ffn, p.nthreads, [&](int64_t token) {
-    const float* gate = p.gate_up + token * p.stride_gate_up;
-    const float* up = gate + p.ffn;
+inline Vec times_sigmoid(Vec factor, Vec x) {
+  const Vec e = exp2(min(Vec::set1(126.0f), x * Vec::set1(static_cast<float>(-kLog2e))));
+  return factor / (Vec::set1(1.0f) + e);
+}
+
+// x times the normal distribution's share below x (Hendrycks and Gimpel, arXiv 1606.08415).
+template <class Vec>
+inline Vec gelu(Vec x) {
+  const Vec below = normal_tail(abs(x));
+  return x * select(x < Vec::zero(), below, Vec::set1(1.0f) - below);
+}
+
+// Its approximation x * (1 + tanh(u)) / 2 with u = sqrt(2 / pi) * (x + 0.044715 x^3), which is x * sigmoid(2 u).
+template <class Vec>
+inline Vec gelu_tanh(Vec x) {
+  constexpr float kTwice = 1.5957691216057308f;  // 2 sqrt(2 / pi)
+  return times_sigmoid(x, x * fma(x * x, Vec::set1(kTwice * 0.044715f), Vec::set1(kTwice)));
+}
+
+// out = fn(x), or fn(gate) * up (Shazeer, arXiv 2002.05202).
+template <class Vec, class Fn>
+void activate_rows(const ActivateParams& p, Fn&& fn) {
+  for_rows(p.tokens, p.gated ? 2 * p.ffn : p.ffn, p.nthreads, [&](int64_t token) {
+    const float* x = p.x + token * p.stride_x;
+    const float* up = x + p.ffn;
     float* out = p.out + token * p.ffn;
-    for_vectors<Vec>(p.ffn, [&](int64_t i, auto load, auto store) {
-      const Vec g = load(gate + i);
-      // exp2 ends at 126: a gate below -87 counts as 2^-126 of itself instead of less.
-      const Vec e = exp2(min(Vec::set1(126.0f), g * Vec::set1(static_cast<float>(-kLog2e))));
-      store(g / (Vec::set1(1.0f) + e) * load(up + i), out + i);
-    });
+    if (p.gated)
+      for_vectors<Vec>(p.ffn,
+                       [&](int64_t i, auto load, auto store) { store(fn(load(x + i)) * load(up + i), out + i); });
+    else
+      for_vectors<Vec>(p.ffn, [&](int64_t i, auto load, auto store) { store(fn(load(x + i)), out + i); });
   });
+}
+
+template <class Vec>
+void activate(const ActivateParams& p) {
+  switch (p.kind) {
+    case Activation::silu: return activate_rows<Vec>(p, [](Vec x) { return times_sigmoid(x, x); });
+    case Activation::gelu: return activate_rows<Vec>(p, [](Vec x) { return gelu(x); });
+    case Activation::gelu_tanh: return activate_rows<Vec>(p, [](Vec x) { return gelu_tanh(x); });
+    case Activation::relu: return activate_rows<Vec>(p, [](Vec x) { return select(x < Vec::zero(), Vec::zero(), x); });
+  }
 }
 
 }  // namespace

@@ -14,8 +14,9 @@ struct KernelTable {
   void (*pack_linear)(const PackLinearParams&);
   void (*linear)(const LinearParams&);
   void (*rms_norm)(const RmsNormParams&);
-  void (*silu_mul)(const SiluMulParams&);
+  void (*activate)(const ActivateParams&);
   void (*sample)(const SamplingParams&);
+  void (*speculate)(const SpeculativeParams&);
   double (*fma_loop)(int64_t iterations, int nthreads);  // benchmarks' limits: limits.h
   double (*read_loop)(const float* data, int64_t floats, int nthreads);
   float (*max_loop)(const float* data, int64_t floats);

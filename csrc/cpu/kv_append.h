@@ -8,8 +8,6 @@
 namespace fastattn {
 namespace {
 
-constexpr int64_t kMaxHeaddim = 512;
-
 // Converts on the way where the two types differ. 16-bit to 16-bit goes through fp32, which changes no bits.
 template <class Vec, class From, class To>
 void copy_row(const From* source, To* out, int64_t dim) {

@@ -43,7 +43,7 @@ template <class Vec, class T>
 class EditedRow {
  public:
   static size_t bytes_for(const LogitEdits& e, int64_t vocab) {
-    const int64_t entries = vocab + Vec::kLanes, biases = 2 * e.bias_n;
+    const int64_t entries = vocab + kListSpare, biases = 2 * e.bias_n;
     const int64_t words = (e.bias ? vocab : 0) + 4 * entries + 2 * biases;
     return static_cast<size_t>(words) * 4 + bits_bytes(vocab) + 64;
   }
@@ -58,7 +58,7 @@ class EditedRow {
         inverse_(1.0 / repetition_),
         presence_(e.presence[index]),
         frequency_(e.frequency[index]) {
-    const int64_t entries = vocab + Vec::kLanes;
+    const int64_t entries = vocab + kListSpare;
     values_ = static_cast<float*>(memory);
     ids_ = reinterpret_cast<int32_t*>(values_ + entries);
     seen_ids_ = ids_ + entries;
@@ -69,21 +69,23 @@ class EditedRow {
     bits_ = reinterpret_cast<uint8_t*>(copy_ + (e.bias ? vocab : 0));
   }
 
-  // 0, or a SamplingError.
+  // 0, or a SamplingError. A value may be NaN.
   int64_t carry_out() {
-    const int32_t *seen_ids = nullptr, *seen_counts = nullptr;
-    const int64_t seen = find_seen(&seen_ids, &seen_counts);
+    const Seen seen = e_.seen_ids ? listed() : e_.counts || e_.prompt ? found() : Seen{};
     const int64_t biased = e_.bias_ids ? sort_bias() : 0;
     if (biased < 0) return kBadBiasId;
-    prepare_bits(seen + biased > 0 && !e_.bias);
-    if (e_.bias)
-      copy_dense(seen_ids, seen_counts, seen);
-    else if (biased > 0)
-      edit_both(seen_ids, seen_counts, seen, biased);
-    else if (seen > 0)
-      edit_seen(seen_ids, seen_counts, seen);
+    if (e_.bias) {
+      prepare_bits(nullptr, false);
+      copy_dense(seen);
+    } else if (biased > 0) {
+      prepare_bits(nullptr, true);
+      edit_both(seen, biased);
+    } else {
+      prepare_bits(seen.n > 0 ? seen.unseen : nullptr, false);
+      edit_seen(seen);
+    }
     for (int i = 0; i < Vec::kLanes; ++i) values_[edited_.n + i] = kMinusInfinity;
-    return has_nan(values_, edited_.n) ? static_cast<int64_t>(kEditedHasNaN) : 0;
+    return 0;
   }
 
   const float* copy() const { return e_.bias ? copy_ : nullptr; }  // the whole row, instead of the one given
@@ -91,50 +93,85 @@ class EditedRow {
   const EditedTokens& edited() const { return edited_; }
 
  private:
-  static size_t bits_bytes(int64_t vocab) { return static_cast<size_t>((vocab + 511) / 512 * 64); }
+  static constexpr int kListSpare = Vec::kLanes;  // lists are written a vector at a time; found() writes four tokens
 
-  static bool has_nan(const float* v, int64_t n) {
-    auto nan = either_nan(Vec::zero(), Vec::zero());
-    for (int64_t i = 0; i < n; i += Vec::kLanes) nan = nan | either_nan(Vec::load(v + i), Vec::load(v + i));
-    return lane_bits(nan) != 0;
-  }
+  static size_t bits_bytes(int64_t vocab) { return static_cast<size_t>((vocab + 511) / 512 * 64); }
 
   bool is_allowed(int64_t id) const {
     if (e_.allowed) return e_.allowed[index_][id] != 0;
     return !e_.allowed_bits || e_.allowed_bits[index_][id / 8] >> id % 8 & 1;
   }
 
-  // The tokens that penalties touch, by ascending id.
-  int64_t find_seen(const int32_t** ids, const int32_t** counts) {
-    *ids = seen_ids_;
-    *counts = seen_counts_;
-    if (e_.seen_ids) {
-      *ids = e_.seen_ids[index_];
-      *counts = e_.seen_counts[index_];
-      return e_.seen_n[index_];
-    }
-    if (!e_.counts && !e_.prompt) return 0;
-    constexpr int kBlock = 4 * Vec::kLanes;  // tokens; bytes in a U64
+  // The tokens that penalties touch, by ascending id, how often each was written, and a bit for each of the others.
+  struct Seen {
+    const int32_t *ids = nullptr, *counts = nullptr;
+    int64_t n = 0;
+    const uint8_t* unseen = nullptr;
+  };
+
+  Seen listed() const { return {e_.seen_ids[index_], e_.seen_counts[index_], e_.seen_n[index_], e_.unseen[index_]}; }
+
+  // From counts and marks of the whole vocabulary, kBlock tokens at a time. How many of them are seen cannot be
+  // foreseen: the first few are written down whether there are that many or not.
+  Seen found() {
+    constexpr int kFew = 4;
     const int32_t* written = e_.counts ? e_.counts[index_] : nullptr;
     const uint8_t* read = e_.prompt ? e_.prompt[index_] : nullptr;
     int64_t n = 0;
     for (int64_t first = 0; first < vocab_; first += kBlock) {
-      const int64_t m = vocab_ - first < kBlock ? vocab_ - first : kBlock;
-      uint64_t some = read ? bytes_set(read + first, m) : 0;
-      for (int64_t part = 0; written && part < m; part += Vec::kLanes)
-        some |= words_set(written + first + part, m - part < Vec::kLanes ? m - part : Vec::kLanes) << part;
-      for (; some; some &= some - 1) {
-        const int64_t id = first + __builtin_ctzll(some);
-        const int32_t count = written ? written[id] : 0;
-        if (count <= 0 && !(read && read[id])) continue;
-        seen_ids_[n] = static_cast<int32_t>(id);
-        seen_counts_[n++] = count > 0 ? count : 0;
+      uint64_t some;
+      if (vocab_ - first >= kBlock) {
+        some = (read ? marks(read + first) : 0) | (written ? counted(written + first) : 0);
+      } else {  // padded
+        const auto m = static_cast<size_t>(vocab_ - first);
+        int32_t last_written[kBlock] = {};
+        uint8_t last_read[kBlock] = {};
+        if (written) memcpy(last_written, written + first, m * sizeof *written);
+        if (read) memcpy(last_read, read + first, m);
+        some = marks(last_read) | counted(last_written);
       }
+      const uint64_t unseen = ~some;
+      memcpy(bits_ + first / 8, &unseen, sizeof unseen);
+      const int64_t all = __builtin_popcountll(some);
+      const auto note = [&](int64_t i) {
+        const int64_t id = some ? first + __builtin_ctzll(some) : first;
+        const int32_t count = written ? written[id] : 0;
+        seen_ids_[n + i] = static_cast<int32_t>(id);
+        seen_counts_[n + i] = count > 0 ? count : 0;
+        some &= some - 1;
+      };
+      if (all > 0) {
+#pragma GCC unroll 4
+        for (int i = 0; i < kFew; ++i) note(i);
+        for (int64_t i = kFew; i < all; ++i) note(i);
+      }
+      n += all;
     }
-    return n;
+    return {seen_ids_, seen_counts_, n, bits_};
   }
 
-  // Which of m <= 4 kLanes bytes, or m <= kLanes words, are not zero.
+  static constexpr int kBlock = 64;  // tokens whose bits are a word
+
+  static uint64_t marks(const uint8_t* bytes) {  // which are set
+    constexpr int kStep = 4 * Vec::kLanes;
+    uint64_t set = 0;
+#pragma GCC unroll 4
+    for (int i = 0; i < kBlock; i += kStep) set |= bytes_set(bytes + i, kStep) << i;
+    return set;
+  }
+
+  static uint64_t counted(const int32_t* counts) {  // which are positive
+    uint64_t set = 0;
+#pragma GCC unroll 16
+    for (int i = 0; i < kBlock; i += Vec::kLanes) {
+      typename Vec::U32 v;
+      memcpy(&v, counts + i, sizeof v);
+      set |= uint64_t{lane_bits(Vec::zero() < Vec::from_int(v))} << i;
+    }
+    return set;
+  }
+
+  // Which of m <= 4 kLanes bytes are not zero.
   static uint64_t bytes_set(const void* bytes, int64_t m) {
     typename Vec::U64 v = {};
     if (m == static_cast<int64_t>(sizeof v))
@@ -142,13 +179,6 @@ class EditedRow {
     else
       memcpy(&v, bytes, static_cast<size_t>(m));
     return Vec::bytes_reaching(v, 1);
-  }
-
-  static uint64_t words_set(const int32_t* words, int64_t m) {
-    uint64_t bytes = bytes_set(words, 4 * m), set = 0;
-    for (; bytes; bytes &= ~(uint64_t{15} << __builtin_ctzll(bytes) / 4 * 4))
-      set |= uint64_t{1} << __builtin_ctzll(bytes) / 4;
-    return set;
   }
 
   // The biases by ascending id, without padding; -1 if an id is none.
@@ -169,24 +199,32 @@ class EditedRow {
     return n;
   }
 
-  // The bits of the tokens that count: where some are edited, or the mask is not packed, a copy.
-  void prepare_bits(bool some_are_edited) {
-    const auto bytes = static_cast<size_t>((vocab_ + 7) / 8);
-    counting_ = some_are_edited || e_.allowed ? bits_ : nullptr;
+  // The bits of the tokens that count, those of `unseen` if there are any; a copy if more are to be left out, or if the
+  // mask is not packed. `unseen` may be bits_ itself.
+  void prepare_bits(const uint8_t* unseen, bool is_edited) {
+    const int64_t bytes = (vocab_ + 7) / 8;
+    counting_ = bits_;
     if (e_.allowed) {
       const uint8_t* allowed = e_.allowed[index_];
       constexpr int kBytes = 4 * Vec::kLanes;
       for (int64_t i = 0; i < vocab_; i += kBytes) {
-        const uint64_t set = bytes_set(allowed + i, vocab_ - i < kBytes ? vocab_ - i : kBytes);
+        uint64_t set = bytes_set(allowed + i, vocab_ - i < kBytes ? vocab_ - i : kBytes), other = ~uint64_t{0};
+        if (unseen) memcpy(&other, unseen + i / 8, kBytes / 8);
+        set &= other;
         memcpy(bits_ + i / 8, &set, kBytes / 8);
       }
     } else if (e_.allowed_bits) {
-      if (counting_)
-        memcpy(bits_, e_.allowed_bits[index_], bytes);
+      const uint8_t* allowed = e_.allowed_bits[index_];
+      if (unseen)
+        for (int64_t i = 0; i < bytes; ++i) bits_[i] = allowed[i] & unseen[i];
+      else if (is_edited)
+        memcpy(bits_, allowed, static_cast<size_t>(bytes));
       else
-        counting_ = e_.allowed_bits[index_];
-    } else if (counting_) {
-      memset(bits_, 0xff, bytes);
+        counting_ = allowed;
+    } else if (is_edited) {
+      memset(bits_, 0xff, static_cast<size_t>(bytes));
+    } else {
+      counting_ = unseen;
     }
   }
 
@@ -197,34 +235,70 @@ class EditedRow {
     return count > 0 ? scaled - frequency_ * count - presence_ : scaled;
   }
 
-  void edit_seen(const int32_t* ids, const int32_t* counts, int64_t n) {
-    const bool masked = e_.allowed || e_.allowed_bits;
-    constexpr int kBlock = 64;
-    for (int64_t first = 0; first < n; first += kBlock) {
-      const int64_t m = n - first < kBlock ? n - first : kBlock;
-      float logits[kBlock] = {};
-      for (int64_t i = 0; i < m; ++i) {
-        logits[i] = to_single<Vec>(x_ + ids[first + i]);
-        leave_out(ids[first + i]);
+  static Vec gathered(const float* x, const int32_t* ids) { return Vec::gather(x, ids); }
+
+  template <class Half>
+  static Vec gathered(const Half* x, const int32_t* ids) {
+    float values[Vec::kLanes];
+    for (int i = 0; i < Vec::kLanes; ++i) values[i] = to_single<Vec>(x + ids[i]);
+    return Vec::load(values);
+  }
+
+  // What penalise() works with, in every lane.
+  struct Penalties {
+    using F64 = typename Vec::F64;
+    F64 repetition, inverse, presence, frequency;
+
+    explicit Penalties(const EditedRow& row)
+        : repetition(F64{} + row.repetition_),
+          inverse(F64{} + row.inverse_),
+          presence(F64{} + row.presence_),
+          frequency(F64{} + row.frequency_) {}
+
+    // penalised() of kLanes tokens; of one never written a zero is taken off.
+    void penalise(Vec x, const int32_t* counts, float* out) const {
+      constexpr int kHalf = Vec::kLanes / 2;
+      typedef float Single __attribute__((vector_size(sizeof(F64) / 2)));
+      const F64 halves[2] = {widen_low(x), widen_high(x)}, zero = {};
+#pragma GCC unroll 2
+      for (int h = 0; h < 2; ++h) {
+        const F64 times = Vec::widen(counts + h * kHalf);
+        const F64 scaled = halves[h] * (halves[h] > zero ? inverse : repetition) - times * frequency;
+        const F64 edited = times > zero ? scaled - presence : scaled;
+        const Single rounded = __builtin_convertvector(edited, Single);
+        memcpy(out + h * kHalf, &rounded, sizeof rounded);
       }
-      for (int64_t i = 0; i < m; ++i) values_[first + i] = static_cast<float>(penalised(logits[i], counts[first + i]));
-      if (masked)
-        for (int64_t i = 0; i < m; ++i)
-          if (!is_allowed(ids[first + i])) values_[first + i] = kMinusInfinity;
     }
-    edited_ = {values_, ids, n};
+  };
+
+  void edit_seen(const Seen& seen) {
+    constexpr int kLanes = Vec::kLanes;
+    const Penalties penalties(*this);
+    int64_t i = 0;
+    for (; i + kLanes <= seen.n; i += kLanes)
+      penalties.penalise(gathered(x_, seen.ids + i), seen.counts + i, values_ + i);
+    if (i < seen.n) {
+      int32_t ids[kLanes] = {}, counts[kLanes] = {};
+      memcpy(ids, seen.ids + i, static_cast<size_t>(seen.n - i) * sizeof *ids);
+      memcpy(counts, seen.counts + i, static_cast<size_t>(seen.n - i) * sizeof *counts);
+      penalties.penalise(gathered(x_, ids), counts, values_ + i);
+    }
+    if (e_.allowed || e_.allowed_bits)
+      for (i = 0; i < seen.n; ++i)
+        if (!is_allowed(seen.ids[i])) values_[i] = kMinusInfinity;
+    edited_ = {values_, seen.ids, seen.n};
   }
 
   // Both lists are by ascending id; one id may have several biases.
-  void edit_both(const int32_t* ids, const int32_t* counts, int64_t seen, int64_t biased) {
+  void edit_both(const Seen& seen, int64_t biased) {
     int64_t n = 0, s = 0, b = 0;
-    while (s < seen || b < biased) {
-      const uint32_t next_seen = s < seen ? static_cast<uint32_t>(ids[s]) : ~0u;
+    while (s < seen.n || b < biased) {
+      const uint32_t next_seen = s < seen.n ? static_cast<uint32_t>(seen.ids[s]) : ~0u;
       const uint32_t next_biased = b < biased ? bias_ids_[b] : ~0u;
       const uint32_t id = next_seen < next_biased ? next_seen : next_biased;
       const float logit = to_single<Vec>(x_ + id);
       double x = logit;
-      if (next_seen == id) x = penalised(logit, counts[s++]);
+      if (next_seen == id) x = penalised(logit, seen.counts[s++]);
       double bias = 0.0;
       for (; b < biased && bias_ids_[b] == id; ++b) bias += static_cast<double>(bias_values_[b]);
       if (next_biased == id) x += bias;
@@ -235,14 +309,16 @@ class EditedRow {
     edited_ = {values_, ids_, n};
   }
 
-  void copy_dense(const int32_t* ids, const int32_t* counts, int64_t seen) {
+  void copy_dense(const Seen& seen) {
     const float* bias = e_.bias[index_];
     int64_t i = 0;
     for (; i + Vec::kLanes <= vocab_; i += Vec::kLanes) (Vec::load(x_ + i) + Vec::load(bias + i)).store(copy_ + i);
     for (; i < vocab_; ++i) copy_[i] = to_single<Vec>(x_ + i) + bias[i];
-    for (int64_t s = 0; s < seen; ++s)
-      copy_[ids[s]] =
-          static_cast<float>(penalised(to_single<Vec>(x_ + ids[s]), counts[s]) + static_cast<double>(bias[ids[s]]));
+    for (int64_t s = 0; s < seen.n; ++s) {
+      const int32_t id = seen.ids[s];
+      const double x = penalised(to_single<Vec>(x_ + id), seen.counts[s]);
+      copy_[id] = static_cast<float>(x + static_cast<double>(bias[id]));
+    }
   }
 
   const LogitEdits& e_;

@@ -2,9 +2,10 @@
 //
 // What is drawn is the winner of the race among the kept tokens, and if the winner among more tokens than those is
 // kept, it is the same token. So the race may come first, and the question is then only whether its winner is kept:
-// whether the tokens ahead of it have less than top_p of the mass. A sum of rough exponentials, with a bound of its
-// error, answers that nearly always. Where it does not, the tokens above a guessed logit are listed and weighed
-// exactly; and only where the rough total leaves the last kept token open too is the whole row weighed exactly.
+// whether the tokens ahead of it have less than top_p of the mass. If it is not, nothing behind it is either, and those
+// ahead race again. Sums of rough exponentials, with bounds of their errors, answer that nearly always. Where they do
+// not, or where most races would be lost, the tokens above a guessed logit are listed and weighed exactly; and only
+// where the rough total leaves the last kept token open too is the whole row weighed exactly.
 #pragma once
 
 #include "cpu/sampling_race.h"
@@ -13,9 +14,9 @@
 namespace fastattn {
 namespace {
 
-// 2^t, roughly and in two qualities, for t = x * slope + shift - kRoughBias in [-62, 0], and something below 2^-61 for
-// less. Added to the bias, t lies in the low bits of the float with 16 of them behind the point; shifted up by 7 they
-// are a negative float 2^(t - 63) whose mantissa is interpolated, (1 + f) in place of 2^f.
+// 2^t, roughly and in three qualities, for t = x * slope + shift - kRoughBias in [-62, 0], and something below 2^-61
+// for less. Added to the bias, t lies in the low bits of the float with 16 of them behind the point; shifted up by 7
+// they are a negative float 2^(t - 63) whose mantissa is interpolated, (1 + f) in place of 2^f.
 constexpr float kRoughBias = 192.0f;
 
 template <class Vec>
@@ -46,6 +47,17 @@ struct Mended {
   }
 };
 
+// As good as the sum's bias leaves it.
+struct Fine {
+  static constexpr double error = 8e-6, unit = 1.0;
+
+  template <class Vec>
+  static inline __attribute__((always_inline)) Vec exp2(Vec x, Vec slope, Vec shift) {
+    const Vec t = max(Vec::set1(kRoughBias - 62.0f), fma(x, slope, shift));
+    return fastattn::exp2(t - Vec::set1(kRoughBias));
+  }
+};
+
 // The mass of a row, and of the tokens that come before one in the total order, in units of the largest token's: each
 // is within `error` of the truth, relatively, and `slack` more.
 struct RoughMass {
@@ -54,7 +66,13 @@ struct RoughMass {
 
   double least_total() const { return total * (1.0 - error) - slack; }
   double most_total() const { return total * (1.0 + error) + slack; }
+  double least_ahead() const { return ahead * (1.0 - error) - slack; }
   double most_ahead() const { return ahead * (1.0 + error) + slack; }
+
+  // Whether the token that these are ahead of is certainly kept, or certainly is not.
+  bool keeps(double top_p) const { return most_ahead() < top_p * least_total(); }
+  bool drops(double top_p) const { return least_ahead() >= top_p * most_total(); }
+  bool is_open(double top_p) const { return !keeps(top_p) && !drops(top_p); }
 };
 
 template <class Quality, class Vec, class T>
@@ -182,29 +200,34 @@ void run(const Row<Vec, T>& row, Candidates* c, Race<Vec>* race) {
 // keep.
 template <class Vec, class T, class Start>
 int32_t draw_nucleus(const Row<Vec, T>& row, double top_p, const Softmax<Vec>& softmax, Candidates* c, Start&& start) {
+  // A winner that is not kept leaves a race among those ahead of it. How often it is kept grows from top_p to 1.
+  constexpr int kRaces = 4;
   RoughMass mass;
-  if (top_p >= 0.5) {
-    Race<Vec> all = start(Cut{});
-    all.run_row(row, c->work);
-    mass = weigh_roughly<Interpolated>(row, softmax, all.winner_logit(), all.winner());
-    if (mass.most_ahead() < top_p * mass.least_total()) return all.winner();
-    mass = weigh_roughly<Mended>(row, softmax, all.winner_logit(), all.winner());
-    if (mass.most_ahead() < top_p * mass.least_total()) return all.winner();
-  } else {
-    mass = weigh_roughly<Mended>(row, softmax, -kMinusInfinity, 0);
+  Cut within;
+  for (int races = 0; top_p >= 0.5 && races < kRaces; ++races) {
+    Race<Vec> race = start(within);
+    race.run_row(row, c->work);
+    mass = weigh_roughly<Interpolated>(row, softmax, race.winner_logit(), race.winner());
+    if (mass.is_open(top_p)) mass = weigh_roughly<Mended>(row, softmax, race.winner_logit(), race.winner());
+    if (mass.is_open(top_p)) mass = weigh_roughly<Fine>(row, softmax, race.winner_logit(), race.winner());
+    if (mass.keeps(top_p)) return race.winner();
+    if (mass.is_open(top_p)) break;
+    within = {race.winner_logit(), race.winner() - 1};
   }
-  if (mass.error < 1.0) {
-    const float bound = guess_bound(row, softmax, (1.0 - top_p) * mass.least_total(), c->work);
-    row.gather(bound, c);
+  mass = weigh_roughly<Fine>(row, softmax, -kMinusInfinity, 0);
+  constexpr int kGuesses = 3;  // a bound that is too high leaves out too much: then a lower one
+  double spare = (1.0 - top_p) * mass.least_total();
+  for (int guesses = 0; mass.error < 1.0 && guesses < kGuesses; ++guesses, spare /= 8.0) {
+    row.gather(guess_bound(row, softmax, spare, c->work), c);
     const double least = mass.least_total() * softmax.kOne, most = mass.most_total() * softmax.kOne;
     Cut wide, narrow;
-    if (cut_prefix<Vec>(*c, prefix_mass(top_p, static_cast<uint64_t>(most) + 1), softmax, &wide) &&
-        cut_prefix<Vec>(*c, prefix_mass(top_p, static_cast<uint64_t>(least)), softmax, &narrow)) {
-      c->keep(wide);
-      Race<Vec> likely = start(wide);
-      run(row, c, &likely);
-      if (narrow.keeps(likely.winner_logit(), likely.winner())) return likely.winner();
-    }
+    if (!cut_prefix<Vec>(*c, prefix_mass(top_p, static_cast<uint64_t>(most) + 1), softmax, &wide)) continue;
+    cut_prefix<Vec>(*c, prefix_mass(top_p, static_cast<uint64_t>(least)), softmax, &narrow);
+    c->keep(wide);
+    Race<Vec> likely = start(wide);
+    run(row, c, &likely);
+    if (narrow.keeps(likely.winner_logit(), likely.winner())) return likely.winner();
+    break;
   }
   Race<Vec> certain = start(cut_top_p(row, top_p, softmax, c));
   run(row, c, &certain);

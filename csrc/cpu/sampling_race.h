@@ -25,11 +25,7 @@ class Race {
     // Bounds work on halves: the difference of two finite floats may overflow, that of their halves does not.
     const double scale = 2.0 * softmax.log2_scale();
     half_scale_ = scale < __FLT_MAX__ ? static_cast<float>(scale) : __FLT_MAX__;
-    const auto token = static_cast<uint32_t>(id);
-    const PhiloxBlock group = stream.block(noise_group(token), kGroupDomain), own = stream.block(token, kTokenDomain);
-    const double least = exponential(group.word[0], group.word[1]) / kNoiseGroup;
-    run(softmax.max(), id,
-        has_least_clock(token, group.word[2]) ? least : least + exponential(own.word[0], own.word[1]));
+    run(softmax.max(), id, clock_of(stream, static_cast<uint32_t>(id)));
   }
 
   // The token that won among those that ran, and its logit.
@@ -37,17 +33,18 @@ class Race {
   float winner_logit() const { return winner_logit_; }
 
   // Floats that run_row works in.
-  static int64_t work_of(int64_t vocab) { return 4 * (groups_of(vocab) + Vec::kLanes); }
+  static int64_t work_of(int64_t vocab) { return 5 * (groups_of(vocab) + Vec::kLanes); }
 
-  // Everything that the cut keeps of the row. The groups that could score most come first, so that few have to follow.
+  // Everything that the cut keeps of the row. The groups that could score most come first, so that few have to follow;
+  // those do in any order, and their tokens some groups at a time: a Philox block alone is one long chain.
   template <class T>
   void run_row(const Row<Vec, T>& row, float* work) {
-    constexpr int kLanes = Vec::kLanes, kFirst = 32;
+    constexpr int kLanes = Vec::kLanes, kFirst = 8, kTogether = 8;
     const int64_t n = (groups_of(row.size()) + kLanes - 1) / kLanes * kLanes;
-    float* bounds = work;
-    auto* words = reinterpret_cast<uint32_t*>(work + n);  // three of each group, kLanes groups at a time
+    float *bounds = work, *noise = work + n;
+    auto* words = reinterpret_cast<uint32_t*>(work + 2 * n);  // three of each group, kLanes groups at a time
     top_groups(row, n, bounds);
-    bound_groups(n, bounds, words);
+    bound_groups(n, bounds, noise, words);
     for (int picks = 0; picks < kFirst; ++picks) {
       Vec top = Vec::load(bounds);
       for (int64_t i = kLanes; i < n; i += kLanes) top = max(top, Vec::load(bounds + i));
@@ -58,13 +55,14 @@ class Race {
       while (!(where = lane_bits(Vec::set1(best) <= Vec::load(bounds + i)))) i += kLanes;
       i += __builtin_ctz(where);
       bounds[i] = kMinusInfinity;
-      run_group(row, i, words);
+      run_group(row, i, noise, words);
       finish();
     }
+    int waiting = 0;
     for (int64_t i = 0; i < n; i += kLanes)
       for (uint32_t left = lane_bits(Vec::set1(to_beat_) < Vec::load(bounds + i)); left; left &= left - 1) {
-        const int64_t group = i + __builtin_ctz(left);
-        run_group(row, group, words);
+        run_group(row, i + __builtin_ctz(left), noise, words);
+        if (++waiting % kTogether == 0) finish();
       }
     run_list(row.edited().values, row.edited().ids, row.edited().n);
     finish();
@@ -80,9 +78,11 @@ class Race {
 
   static int64_t groups_of(int64_t vocab) { return (vocab + kNoiseBlock - 1) / kNoiseBlock * kNoiseGroups; }
 
+  // The words of its block: two make the least of its clocks, the third says whose that is.
   struct Group {
-    double least;    // of its clocks
-    uint32_t first;  // word 2 of its block, which says whose that is
+    uint32_t word0, word1, word2;
+
+    double least() const { return exponential(word0, word1) / kNoiseGroup; }
   };
 
   // Twice as many 32-bit lanes: a0 b0 a1 b1 ... of the low halves.
@@ -113,13 +113,9 @@ class Race {
     return fma(v * v, Vec::set1(0.5f), v);
   }
 
-  // How much a token of logit x could score, at most, with the least clock of a group whose block begins with word.
-  Vec best_with(Vec x, U32 word) const {
-    return log2_odds(x) + most_noise(least_exponential(word) * Vec::set1(1.0f / kNoiseGroup));
-  }
-
-  static Group group_of(uint32_t word0, uint32_t word1, uint32_t word2) {
-    return {exponential(word0, word1) / kNoiseGroup, word2};
+  // log2(1 / clock) of the least clock of a group whose block begins with word, at most.
+  static Vec most_noise_of_group(U32 word) {
+    return most_noise(least_exponential(word) * Vec::set1(1.0f / kNoiseGroup));
   }
 
   template <class T>
@@ -144,9 +140,9 @@ class Race {
     for (; group < n; ++group) tops[group] = kMinusInfinity;
   }
 
-  // From the largest logits of n groups to what they could score at most, and the words of their blocks, kLanes groups
-  // at a time.
-  void bound_groups(int64_t n, float* bounds, uint32_t* words) const {
+  // From the largest logits of n groups to what they could score at most, how much of that is noise, and the words of
+  // their blocks, kLanes groups at a time.
+  void bound_groups(int64_t n, float* bounds, float* noise, uint32_t* words) const {
     constexpr int kLanes = Vec::kLanes;
     U64 even = {};
     for (int i = 0; i < kLanes / 2; ++i) even[i] = static_cast<uint64_t>(2 * i);
@@ -164,17 +160,19 @@ class Race {
       U32 block[3];
       for (int i = 0; i < 3; ++i) block[i] = pair(word[0][i], word[1][i]);
       memcpy(words, block, sizeof block);
-      select(able, best_with(x, block[0]), Vec::set1(kMinusInfinity)).store(bounds + first);
+      const Vec most = most_noise_of_group(block[0]);
+      most.store(noise + first);
+      select(able, log2_odds(x) + most, Vec::set1(kMinusInfinity)).store(bounds + first);
     }
   }
 
   // The tokens of a group enter that could win with its least clock.
   template <class T>
-  void run_group(const Row<Vec, T>& row, int64_t number, const uint32_t* words) {
+  void run_group(const Row<Vec, T>& row, int64_t number, const float* noise, const uint32_t* words) {
     const int lane_of_words = static_cast<int>(number % Vec::kLanes);
     words += (number - lane_of_words) * 3 + lane_of_words;
-    const Group group = group_of(words[0], words[Vec::kLanes], words[2 * Vec::kLanes]);
-    const float least = softmax_.logit_at(static_cast<double>(to_beat_) + log2_of(group.least));
+    const Group group{words[0], words[Vec::kLanes], words[2 * Vec::kLanes]};
+    const float least = softmax_.logit_at(static_cast<double>(to_beat_) - static_cast<double>(noise[number]));
     const Vec bound = Vec::set1(least > least_ ? least : least_);
     const int member = static_cast<int>(number % kNoiseGroups);
     const int64_t first = number / kNoiseGroups * kChunks<T>;
@@ -209,21 +207,22 @@ class Race {
         groups[lane] = static_cast<int32_t>(noise_group(static_cast<uint32_t>(ids[i + lane])));
       U32 words[3];
       blocks_of(groups, kGroupDomain, words);
-      const Vec best = best_with(x, words[0]);
+      const Vec best = log2_odds(x) + most_noise_of_group(words[0]);
       // A NaN, from (-inf) * 0, is never less than anything: -inf does not run.
       for (uint32_t left = able & lane_bits(Vec::set1(to_beat_) < best); left; left &= left - 1) {
         const int lane = __builtin_ctz(left);
-        enter(logits[lane], ids[i + lane], group_of(words[0][lane], words[1][lane], words[2][lane]));
+        enter(logits[lane], ids[i + lane], Group{words[0][lane], words[1][lane], words[2][lane]});
       }
     }
   }
 
   inline __attribute__((always_inline)) void enter(float x, int32_t id, const Group& group) {
     if (!cut_.keeps(x, id)) return;
-    if (has_least_clock(static_cast<uint32_t>(id), group.first)) return run(x, id, group.least);
+    if (has_least_clock(static_cast<uint32_t>(id), group.word2)) return run(x, id, group.least());
     logits_[entered_] = x;
     ids_[entered_] = id;
-    least_clock_[entered_] = group.least;
+    group_words_[0][entered_] = group.word0;
+    group_words_[1][entered_] = group.word1;
     if (++entered_ == kField) finish();
   }
 
@@ -237,12 +236,14 @@ class Race {
       if (!able) continue;
       U32 words[3];
       blocks_of(ids_ + i, kTokenDomain, words);
-      float least[kLanes];
-      for (int lane = 0; lane < kLanes; ++lane) least[lane] = static_cast<float>(least_clock_[i + lane]);
-      const Vec best = log2_odds(x) + most_noise(Vec::load(least) + least_exponential(words[0]));
+      U32 group;
+      memcpy(&group, group_words_[0] + i, sizeof group);
+      const Vec least = least_exponential(group) * Vec::set1(1.0f / kNoiseGroup);
+      const Vec best = log2_odds(x) + most_noise(least + least_exponential(words[0]));
       for (uint32_t left = able & lane_bits(Vec::set1(to_beat_) < best); left; left &= left - 1) {
         const int lane = __builtin_ctz(left);
-        run(logits_[i + lane], ids_[i + lane], least_clock_[i + lane] + exponential(words[0][lane], words[1][lane]));
+        const Group of{group_words_[0][i + lane], group_words_[1][i + lane], 0};
+        run(logits_[i + lane], ids_[i + lane], of.least() + exponential(words[0][lane], words[1][lane]));
       }
     }
     entered_ = 0;
@@ -271,7 +272,7 @@ class Race {
   int entered_ = 0;
   float logits_[kField];
   int32_t ids_[kField] = {};
-  double least_clock_[kField] = {};
+  uint32_t group_words_[2][kField] = {};
 };
 
 }  // namespace

@@ -111,8 +111,16 @@ class Row {
     return counts ? to_single<Vec>(data_ + id) : kMinusInfinity;
   }
 
-  // Fills the maxima; false if the row has a NaN, even one that a bit leaves out.
-  bool summarize() { return bits_ ? summarize<true>() : summarize<false>(); }
+  // Fills the maxima; false if the row has a NaN, even one that a bit leaves out, or an edited token is one.
+  bool summarize() {
+    const bool good = bits_ ? summarize<true>() : summarize<false>();
+    auto bad = either_nan(Vec::zero(), Vec::zero());
+    for (int64_t i = 0; i < edited_.n; i += Vec::kLanes) {
+      const Vec v = Vec::load(edited_.values + i);
+      bad = bad | either_nan(v, v);
+    }
+    return good && !lane_bits(bad);
+  }
 
   float maximum() const {
     Vec top = Vec::load(maxima_);
@@ -190,8 +198,10 @@ class Row {
  private:
   const T* chunk(int64_t c) const { return c < whole_ ? data_ + c * kChunk : tail_; }
 
+  const uint8_t* bits_of(int64_t c) const { return c < whole_ ? bits_ + c * (kChunk / 8) : tail_bits_; }
+
   uint32_t lanes_counting(int64_t c, int i) const {
-    const uint8_t* bits = c < whole_ ? bits_ + c * (kChunk / 8) : tail_bits_;
+    const uint8_t* bits = bits_of(c);
     if constexpr (Vec::kLanes < 8) {
       return bits[i / 2] >> i % 2 * Vec::kLanes & ((1u << Vec::kLanes) - 1);
     } else {
@@ -207,8 +217,12 @@ class Row {
     constexpr int kVecs = kHitBits / Vec::kLanes;
     uint64_t hits = 0;
 #pragma GCC unroll 16
-    for (int i = 0; i < kVecs; ++i) hits |= uint64_t{lane_bits(least <= load(c, word * kVecs + i))} << i * Vec::kLanes;
-    return hits;
+    for (int i = 0; i < kVecs; ++i)
+      hits |= uint64_t{lane_bits(least <= Vec::load(chunk(c) + (word * kVecs + i) * Vec::kLanes))} << i * Vec::kLanes;
+    if (!bits_) return hits;
+    uint64_t counting = 0;
+    memcpy(&counting, bits_of(c) + word * (kHitBits / 8), kHitBits / 8);
+    return hits & counting;
   }
 
   // The tokens of a word of hits: one by one, or where there are many, a vector at a time.
@@ -224,7 +238,7 @@ class Row {
     }
     for (; hits; hits &= hits - 1, ++n) {
       ids[n] = static_cast<int32_t>(place) + __builtin_ctzll(hits);
-      values[n] = at(ids[n]) + 0.0f;  // -0 becomes +0: equal logits have equal bits
+      values[n] = to_single<Vec>(data_ + ids[n]) + 0.0f;  // -0 becomes +0: equal logits have equal bits
     }
     return n;
   }

@@ -7,6 +7,7 @@
 // maximum into the exponent.
 #pragma once
 
+#include "cuda/products.cuh"
 #include "cuda/products_f32.cuh"
 #include "cuda/score_modifiers.cuh"
 #include "cuda/tile_copy.cuh"
@@ -61,12 +62,7 @@ class ForwardBlock {
         top_[m][half] = -kInfinity;
         sum_[m][half] = 0;
       }
-#pragma unroll
-    for (int m = 0; m < Traits::kRowTiles; ++m)
-#pragma unroll
-      for (int n = 0; n < Traits::kDim / 8; ++n)
-#pragma unroll
-        for (int e = 0; e < 4; ++e) out_[m][n][e] = 0;
+    clear(out_);
   }
 
   FASTATTN_DEVICE void run() {
@@ -76,6 +72,7 @@ class ForwardBlock {
 
  private:
   static constexpr bool kSingle = Traits::kElementBytes == 4;  // no tensor core multiplies floats as they are
+  using Layout = ScoreLayout<Traits, false>;
 
   FASTATTN_DEVICE void walk() {
     constexpr int kKeys = Traits::kKeys;
@@ -84,7 +81,7 @@ class ForwardBlock {
     // Tiles [open_first, open_last) need no mask.
     const int open_begin = at_least(split_begin_, range_.open_begin), open_end = at_most(split_end_, range_.open_end);
     const int open_first = (open_begin + kKeys - 1) / kKeys, open_last = open_end / kKeys;
-    copy_queries<Traits>(queries_, p_, sequence_, first_row_);
+    copy_rows<Traits, Traits::kRows>(queries_, p_.q, p_.headdim, sequence_, first_row_);
     k_.seek(tile * kKeys);
     v_.seek(tile * kKeys);
 #pragma unroll
@@ -161,25 +158,26 @@ class ForwardBlock {
       multiply_keys_f32<Traits>(scores, queries_, warp_row_, k_tile(stage));
     else
       multiply_keys(scores, k_tile(stage));
-    const LanePlace at(first_row_ + warp_row_, tile * Traits::kKeys);
-    if constexpr (Policy::kModify) modify_scores<Traits>(scores, p_, sequence_, at);
-    if (may_mask && masked) hide_invisible<Traits>(scores, sequence_, at, split_begin_, split_end_);
+    const Layout at(first_row_ + warp_row_, tile * Traits::kKeys);
+    if constexpr (Policy::kModify) modify_scores(scores, p_, sequence_, at);
+    if (may_mask && masked) hide_invisible(scores, sequence_, at, split_begin_, split_end_);
     soften<may_mask>(scores);
-    if constexpr (Policy::kDropout) drop_probabilities<Traits>(scores, p_, sequence_, at);
+    if constexpr (Policy::kDropout) drop(scores, at);
     if constexpr (kSingle)
       multiply_values_f32<Traits>(out_, scores, k_tile(stage) + Traits::kTileBytes);
     else
-      multiply_values(scores, k_tile(stage) + Traits::kTileBytes);
+      add_product<T, Traits>(out_, scores, k_tile(stage) + Traits::kTileBytes, v_lane_);
+  }
+
+  FASTATTN_DEVICE void drop(ScoreTile<Traits>& probs, Layout at) const {
+    draw_dropout(p_, sequence_, at, [&](int r, int k, bool dropped) {
+      if (dropped) Layout::at(probs, r, k) = 0;
+    });
   }
 
   // S = Q K^T
   FASTATTN_DEVICE void multiply_keys(ScoreTile<Traits>& scores, uint32_t tile) {
-#pragma unroll
-    for (int m = 0; m < Traits::kRowTiles; ++m)
-#pragma unroll
-      for (int n = 0; n < Traits::kKeys / 8; ++n)
-#pragma unroll
-        for (int e = 0; e < 4; ++e) scores[m][n][e] = 0;
+    clear(scores);
 #pragma unroll
     for (int k = 0; k < Traits::kDim / 16; ++k) {
       if constexpr (!Traits::kQueryInRegisters) {
@@ -236,34 +234,10 @@ class ForwardBlock {
       }
   }
 
-  // O += P V
-  FASTATTN_DEVICE void multiply_values(const ScoreTile<Traits>& probs, uint32_t tile) {
-#pragma unroll
-    for (int k = 0; k < Traits::kKeys / 16; ++k) {
-      uint32_t a[Traits::kRowTiles][4];  // (16 rows, 16 keys)
-#pragma unroll
-      for (int m = 0; m < Traits::kRowTiles; ++m)
-#pragma unroll
-        for (int i = 0; i < 4; ++i)
-          a[m][i] = pack2<T>(probs[m][2 * k + i / 2][i % 2 * 2], probs[m][2 * k + i / 2][i % 2 * 2 + 1]);
-#pragma unroll
-      for (int n = 0; n < Traits::kDim / 16; ++n) {
-        uint32_t b[4];  // (16 keys, 16 dims)
-        ldmatrix_x4_trans(b, ((tile + v_lane_) ^ panel_turn(n)) + panel_offset<Traits::kKeys>(n) +
-                                 static_cast<uint32_t>(k * 16 * kPanelBytes));
-#pragma unroll
-        for (int m = 0; m < Traits::kRowTiles; ++m) {
-          mma_16816<T>(out_[m][2 * n], a[m], b[0], b[1]);
-          mma_16816<T>(out_[m][2 * n + 1], a[m], b[2], b[3]);
-        }
-      }
-    }
-  }
-
   // Divides by the sums and writes out and lse.
   FASTATTN_DEVICE void finish() {
     const int lane = thread_index() % 32;
-    const float kept = Policy::kDropout ? (p_.dropout_p < 1 ? static_cast<float>(1 / (1 - p_.dropout_p)) : 0.0f) : 1.0f;
+    const float kept = Policy::kDropout ? dropout_scale(p_.dropout_p) : 1.0f;
 #pragma unroll
     for (int m = 0; m < Traits::kRowTiles; ++m)
 #pragma unroll
@@ -318,35 +292,14 @@ class ForwardBlock {
     }
   }
 
-  // Through the warp's rows of shared memory, where q lay, so that a thread writes 16 bytes at once.
+  // Through the warp's rows of shared memory, where q lay.
   FASTATTN_DEVICE void write_out() {
-    const int lane = thread_index() % 32;
-    warp_barrier();
-#pragma unroll
-    for (int m = 0; m < Traits::kRowTiles; ++m)
-#pragma unroll
-      for (int n = 0; n < Traits::kDim / 8; ++n)
-#pragma unroll
-        for (int half = 0; half < 2; ++half)
-          store_shared4(queries_ + chunk_offset<Traits::kRows>(warp_row_ + 16 * m + 8 * half + lane / 4, n) +
-                            static_cast<uint32_t>(lane % 4 * 4),
-                        pack2<T>(out_[m][n][2 * half], out_[m][n][2 * half + 1]));
-    warp_barrier();
-    constexpr int kRowsAtOnce = 32 / Traits::kRowLanes;
-#pragma unroll
-    for (int r = 0; r < Traits::kWarpRows; r += kRowsAtOnce) {
-      const int in_tile = warp_row_ + r + lane / Traits::kRowLanes, row = first_row_ + in_tile;
-      const bool exists = row < sequence_.rows();
-      T* line = row_pointer<T>(p_.out, sequence_.q_row, sequence_.q_first + sequence_.query(exists ? row : 0),
-                               sequence_.head(exists ? row : 0));
-#pragma unroll
-      for (int c = 0; c < Traits::kChunks; c += Traits::kRowLanes) {
-        const int chunk = c + lane % Traits::kRowLanes;
-        uint32_t bytes[4];
-        load_shared16(bytes, queries_ + chunk_offset<Traits::kRows>(in_tile, chunk));
-        if (exists && chunk < p_.headdim_v / 8) store_global16(line + chunk * 8, bytes);
-      }
-    }
+    store_lines<T, Traits>(queries_, warp_row_, out_, p_.headdim_v, [&](int line) {
+      const int row = first_row_ + line;
+      return row < sequence_.rows() ? row_pointer<T>(p_.out, sequence_.q_row, sequence_.q_first + sequence_.query(row),
+                                                     sequence_.head(row))
+                                    : nullptr;
+    });
   }
 
   // line_of(row): where floats of a row go.

@@ -6,7 +6,14 @@ namespace fastattn {
 template <>
 int forward_headdim<FASTATTN_HEADDIM>(const AttentionParams& p, const SplitPlan& plan, float* partial_out,
                                       float* partial_lse, void* stream) {
-  return launch_dtype<FASTATTN_HEADDIM, FASTATTN_CUDA_TYPES>(p, plan, partial_out, partial_lse, stream);
+  const auto launch = [&](auto element) {
+    using T = decltype(element);
+    if constexpr (FASTATTN_HEADDIM <= kMaxTileHeaddim<T>)
+      return launch_headdim<T, FASTATTN_HEADDIM>(p, plan, partial_out, partial_lse, stream);
+    else
+      return kNoKernel;
+  };
+  return with_dtype<decltype(launch), FASTATTN_CUDA_TYPES>(p.dtype, launch);
 }
 
 }  // namespace fastattn

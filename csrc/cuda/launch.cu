@@ -13,12 +13,17 @@
 namespace fastattn {
 namespace {
 
-template <int kDim, int... kLarger>
-int launch_fitting(const AttentionParams& p, const SplitPlan& plan, float* partial_out, float* partial_lse,
-                   void* stream) {
-  if (p.headdim <= kDim && p.headdim_v <= kDim) return forward_headdim<kDim>(p, plan, partial_out, partial_lse, stream);
+template <int value>
+struct Constant {
+  constexpr operator int() const { return value; }
+};
+
+// launch(headdim) with the least headdim that holds both of a call's, as a constant.
+template <class Launch, int kDim, int... kLarger>
+int with_headdim(const AttentionParams& p, Launch launch) {
+  if (p.headdim <= kDim && p.headdim_v <= kDim) return launch(Constant<kDim>{});
   if constexpr (sizeof...(kLarger) > 0)
-    return launch_fitting<kLarger...>(p, plan, partial_out, partial_lse, stream);
+    return with_headdim<Launch, kLarger...>(p, launch);
   else
     return kNoKernel;
 }
@@ -37,7 +42,16 @@ SplitPlan plan_splits(const AttentionParams& p) {
 
 int cuda_attention_forward(const AttentionParams& p, float* partial_out, float* partial_lse, void* stream) {
   if (p.batch == 0 || p.seqlen_q == 0) return 0;
-  return launch_fitting<FASTATTN_CUDA_HEADDIMS>(p, plan_splits(p), partial_out, partial_lse, stream);
+  const auto launch = [&](auto headdim) {
+    return forward_headdim<headdim>(p, plan_splits(p), partial_out, partial_lse, stream);
+  };
+  return with_headdim<decltype(launch), FASTATTN_CUDA_HEADDIMS>(p, launch);
+}
+
+int cuda_attention_backward(const AttentionBackwardParams& call, void* stream) {
+  if (call.fwd.batch == 0) return 0;
+  const auto launch = [&](auto headdim) { return backward_headdim<headdim>(call, stream); };
+  return with_headdim<decltype(launch), FASTATTN_CUDA_HEADDIMS>(call.fwd, launch);
 }
 
 int cuda_append_kv(const KVAppendParams& p, void* stream) {

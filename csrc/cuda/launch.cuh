@@ -1,6 +1,7 @@
 // From run-time values to kernels: which instantiation, how many blocks.
 #pragma once
 
+#include "cuda/attention_bwd.cuh"
 #include "cuda/combine.cuh"
 #include "cuda/launch.h"
 
@@ -55,6 +56,44 @@ int launch_headdim(const AttentionParams& p, const SplitPlan& plan, float* parti
                   : launch(Wide{}, Policy<false, false, false, false>{});
 }
 
+inline int64_t blocks_of(int64_t items, int each) { return (items + each - 1) / each; }
+
+template <class T, class Traits, bool modify, bool dropout>
+int launch_backward(const AttentionBackwardParams& call, void* stream) {
+  const AttentionParams& p = call.fwd;
+  const BackwardParams params{call, CopySteps::of<Traits>(p.kv.k), CopySteps::of<Traits>(p.kv.v),
+                              static_cast<int>(blocks_of(rows_of(p), Traits::kRows)),
+                              static_cast<int>(blocks_of(p.kv.seqlen, Traits::kRows))};
+  const auto launch = [&](auto kernel, int blocks) {
+    const Launch at{static_cast<unsigned>(blocks * p.nheads_k * p.batch), 1, Traits::kSharedBytes,
+                    static_cast<decltype(Launch::stream)>(stream)};
+    return at.blocks_x == 0 ? 0 : launch_kernel(kernel, kThreads, at, params);
+  };
+  if (const int64_t rows = p.batch * p.seqlen_q * p.nheads) {
+    const Launch at{static_cast<unsigned>(blocks_of(rows, kThreads / 8)), 1, 0,
+                    static_cast<decltype(Launch::stream)>(stream)};
+    if (const int error = launch_kernel(row_deltas<T>, kThreads, at, call)) return error;
+  }
+  if (const int error = launch(query_gradients<T, Traits, BackwardPolicy<modify, dropout>>, params.row_blocks))
+    return error;
+  if constexpr (Traits::kSplitsGradients) {
+    using Keys = BackwardPolicy<modify, dropout, Gradients::keys>;
+    using Values = BackwardPolicy<modify, dropout, Gradients::values>;
+    if (const int error = launch(key_gradients<T, Traits, Keys>, params.key_blocks)) return error;
+    return launch(key_gradients<T, Traits, Values>, params.key_blocks);
+  } else {
+    return launch(key_gradients<T, Traits, BackwardPolicy<modify, dropout>>, params.key_blocks);
+  }
+}
+
+template <class T, int kDim>
+int launch_backward_headdim(const AttentionBackwardParams& call, void* stream) {
+  using Shapes = BackwardTraits<kDim>;
+  if (call.fwd.dropout_p > 0) return launch_backward<T, Shapes, true, true>(call, stream);
+  return is_modified(call.fwd) ? launch_backward<T, Shapes, true, false>(call, stream)
+                               : launch_backward<T, Shapes, false, false>(call, stream);
+}
+
 // The dtypes that there are kernels for. A build may ask for fewer.
 #ifndef FASTATTN_CUDA_TYPES
 #define FASTATTN_CUDA_TYPES f16_t, bf16_t, float
@@ -65,25 +104,25 @@ constexpr DType dtype_of = sizeof(T) == 4 ? DType::f32
                            : is_bf16<T>   ? DType::bf16
                                           : DType::f16;
 template <class T>
-constexpr int kMaxHeaddim = 512 / sizeof(T);  // so that tiles fit the shared memory of every GPU
+constexpr int kMaxTileHeaddim = 512 / sizeof(T);  // so that tiles fit the shared memory of every GPU
 
-template <int kDim, class T, class... Others>
-int launch_dtype(const AttentionParams& p, const SplitPlan& plan, float* partial_out, float* partial_lse,
-                 void* stream) {
-  if constexpr (kDim <= kMaxHeaddim<T>) {
-    if (p.dtype == dtype_of<T>) return launch_headdim<T, kDim>(p, plan, partial_out, partial_lse, stream);
-  }
+// launch(T{}) for the T that `dtype` names.
+template <class Launch, class T, class... Others>
+int with_dtype(DType dtype, Launch launch) {
+  if (dtype == dtype_of<T>) return launch(T{});
   if constexpr (sizeof...(Others) > 0)
-    return launch_dtype<kDim, Others...>(p, plan, partial_out, partial_lse, stream);
+    return with_dtype<Launch, Others...>(dtype, launch);
   else
     return kNoKernel;
 }
 
 }  // namespace
 
-// One translation unit each, forward.cu: they take minutes, and so they take them side by side.
+// One translation unit each, forward.cu and backward.cu: they take minutes, and so they take them side by side.
 template <int kDim>
 int forward_headdim(const AttentionParams& p, const SplitPlan& plan, float* partial_out, float* partial_lse,
                     void* stream);
+template <int kDim>
+int backward_headdim(const AttentionBackwardParams& call, void* stream);
 
 }  // namespace fastattn

@@ -2,6 +2,7 @@
 // that all between and around them is the 16-bit kernel's.
 #pragma once
 
+#include "cuda/products.cuh"
 #include "cuda/score_modifiers.cuh"
 
 namespace fastattn {
@@ -11,12 +12,7 @@ namespace {
 template <class Traits>
 FASTATTN_DEVICE void multiply_keys_f32(ScoreTile<Traits>& scores, uint32_t queries, int warp_row, uint32_t keys) {
   const int lane = thread_index() % 32;
-#pragma unroll
-  for (int m = 0; m < Traits::kRowTiles; ++m)
-#pragma unroll
-    for (int n = 0; n < Traits::kKeys / 8; ++n)
-#pragma unroll
-      for (int e = 0; e < 4; ++e) scores[m][n][e] = 0;
+  clear(scores);
 #pragma unroll 2
   for (int chunk = 0; chunk < Traits::kChunks; ++chunk) {
     uint32_t q[Traits::kRowTiles][2][4];  // (rows, 4 dims)

@@ -16,6 +16,10 @@ constexpr bool is_bf16 = false;
 template <>
 constexpr bool is_bf16<bf16_t> = true;
 
+struct alignas(8) Float2 {
+  float x, y;
+};
+
 }  // namespace
 }  // namespace fastattn
 
@@ -124,6 +128,15 @@ FASTATTN_DEVICE uint32_t add_shared4(uint32_t address, uint32_t value) {
   uint32_t before;
   asm volatile("atom.shared.add.u32 %0, [%1], %2;" : "=r"(before) : "r"(address), "r"(value) : "memory");
   return before;
+}
+
+FASTATTN_DEVICE Float2 load_shared_pair(uint32_t address) {
+  Float2 pair;
+  asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(pair.x), "=f"(pair.y) : "r"(address) : "memory");
+  return pair;
+}
+FASTATTN_DEVICE void store_shared_pair(uint32_t address, Float2 pair) {
+  asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(address), "f"(pair.x), "f"(pair.y) : "memory");
 }
 
 template <class V>

@@ -84,6 +84,28 @@ struct KeyRange {
   }
 };
 
+// The keys of a tile that begins at key `first`: the rows that see any of them, and those that see all of them.
+struct RowRange {
+  int begin, end;            // any
+  int open_begin, open_end;  // all
+
+  FASTATTN_DEVICE RowRange(const Sequence& s, int first, int keys) {
+    const int last = at_most(s.seqlen_k, first + keys) - 1;
+    const int left = narrow_window(s.window_left), right = narrow_window(s.window_right);
+    const auto row = [&](int query) { return at_most(s.seqlen_q, at_least(0, query)) * s.group; };
+    const auto sees = [&](int key) { return key - s.place(0); };  // the query that stands at this key
+    begin = right < 0 ? 0 : row(sees(first) - right);
+    open_begin = right < 0 ? 0 : row(sees(last) - right);
+    open_end = left < 0 ? s.rows() : row(sees(first) + left + 1);
+    end = left < 0 ? s.rows() : row(sees(last) + left + 1);
+  }
+};
+
+// Where a row's lse lies, and its delta.
+FASTATTN_DEVICE int64_t lse_place(const AttentionParams& p, const Sequence& sequence, int query, int head) {
+  return sequence.q_row * p.lse_stride_batch + head * p.lse_stride_head + sequence.q_first + query;
+}
+
 // How the keys of a long sequence are split among blocks: by its length alone, so that a row's bits do not depend on
 // the batch around it.
 constexpr int kMinSplitKeys = 512, kMaxSplits = 64;

@@ -97,23 +97,47 @@ class KeyCopy {
   int first_ = 0, key_ = 0;
 };
 
-// The rows of q from `first` on; those beyond the sequence arrive as zeros.
-template <class Traits>
-FASTATTN_DEVICE void copy_queries(uint32_t tile, const AttentionParams& p, const Sequence& sequence, int first) {
-  const int row = thread_index() / Traits::kRowLanes, chunk = thread_index() % Traits::kRowLanes;
+// The kLines lines of a tile, 16 bytes a thread: line_of(i, exists) points to line i's first byte, and where exists is
+// false to any other's: zeros stand in.
+// Columns past `dims` arrive as zeros.
+template <class Traits, int kLines, class LineOf>
+FASTATTN_DEVICE void copy_lines(uint32_t tile, int64_t dims, LineOf line_of) {
+  const int line = thread_index() / Traits::kRowLanes, chunk = thread_index() % Traits::kRowLanes;
 #pragma unroll
-  for (int r = 0; r < Traits::kRows; r += Traits::kCopyRows) {
-    const bool exists = first + row + r < sequence.rows();
-    const int at = exists ? first + row + r : first;
-    const char* source = static_cast<const char*>(p.q.data) +
-                         row_offset(p.q, sequence.q_row, sequence.q_first + sequence.query(at), sequence.head(at)) *
-                             Traits::kElementBytes;
+  for (int r = 0; r < kLines; r += Traits::kCopyRows) {
+    bool exists = true;
+    const char* source = line_of(line + r, exists) + chunk * 16;
 #pragma unroll
     for (int c = 0; c < Traits::kChunks; c += Traits::kRowLanes) {
-      const bool wanted = exists && chunk + c < p.headdim / Traits::kChunkElements;
-      cp_async16(tile + chunk_offset<Traits::kRows>(row + r, chunk + c), source + (chunk + c) * 16, wanted);
+      const bool wanted = exists && chunk + c < dims / Traits::kChunkElements;
+      cp_async16(tile + chunk_offset<kLines>(line + r, chunk + c), source + c * 16, wanted);
     }
   }
+}
+
+// Rows from `first` on of a tensor that is laid out as q; those beyond the sequence arrive as zeros.
+template <class Traits, int kLines>
+FASTATTN_DEVICE void copy_rows(uint32_t tile, const TensorView& view, int64_t dims, const Sequence& sequence,
+                               int first) {
+  copy_lines<Traits, kLines>(tile, dims, [&](int line, bool& exists) {
+    exists = first + line < sequence.rows();
+    const int at = exists ? first + line : first;
+    return static_cast<const char*>(view.data) +
+           row_offset(view, sequence.q_row, sequence.q_first + sequence.query(at), sequence.head(at)) *
+               Traits::kElementBytes;
+  });
+}
+
+// Keys from `first` on of k or v, which are not paged.
+template <class Traits>
+FASTATTN_DEVICE void copy_keys(uint32_t tile, const TensorView& view, int64_t dims, const Sequence& sequence,
+                               int first) {
+  copy_lines<Traits, Traits::kRows>(tile, dims, [&](int line, bool& exists) {
+    exists = first + line < sequence.seqlen_k;
+    return static_cast<const char*>(view.data) +
+           row_offset(view, sequence.kv_row, sequence.kv_first + (exists ? first + line : first), sequence.head_k) *
+               Traits::kElementBytes;
+  });
 }
 
 }  // namespace

@@ -11,11 +11,12 @@ constexpr float kLowestFloat = -3.402823466e38f;
 constexpr double kLog2e = 1.4426950408889634;
 constexpr float kLn2 = 0.6931471805599453f;
 
-struct alignas(8) Float2 {
-  float x, y;
-};
 struct alignas(16) Float4 {
   float value[4];
+};
+template <class T>
+struct alignas(16) Eight {  // 16-bit elements
+  T value[8];
 };
 
 constexpr int kWarps = 4, kThreads = 32 * kWarps;

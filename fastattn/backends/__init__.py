@@ -4,7 +4,8 @@
 ``FASTATTN_BACKEND``) does it or raises, and never falls back.
 A row is a module with ``NAME``, ``FEATURES``, ``unavailable()``, ``is_misforced()`` (an environment variable asks it
 for what it cannot do: an error even for ``auto``), ``supports(args)`` and the operations
-``attention(args)``, ``append_kv(args)``, ``sample(args)``, ``survivors(args)``.
+``attention(args)``, ``append_kv(args)``, ``sample(args)``, ``survivors(args)``. ``cpu`` also has
+``speculative_sample``, which the others leave to ``sampling/speculative.py``.
 """
 
 from __future__ import annotations

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import warnings
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastattn.backends.cpu_gradients import bias_gradient, bias_sums, broadcast_strides, sinks_gradient
-from fastattn.backends.cpu_sampling import sample, survivors
+from fastattn.backends.cpu_sampling import sample, speculative_sample, survivors
 from fastattn.calls import (
     DTYPES,
     AppendCall,
@@ -22,6 +23,7 @@ from fastattn.calls import (
     unit_stride,
     view,
 )
+from fastattn.gradient_sums import bias_gradient, bias_sums, broadcast_strides, sinks_gradient
 
 try:
     from fastattn import _C
@@ -41,6 +43,7 @@ __all__ = [
     "attention",
     "attention_backward",
     "sample",
+    "speculative_sample",
     "supports",
     "survivors",
     "unavailable",
@@ -61,12 +64,23 @@ if _C is not None:
     except ValueError as error:
         _ISA_ERROR = str(error)
 
-# The quick ways in for plain calls, csrc/plain_attention.cpp: None where there are none; None is also what they answer
-# to other calls.
-plain_attention = plain_kvcache = plain_sdpa = None
-if _C is not None and _ISA_ERROR is None and _C.bind_tensor(Tensor, torch.nn.Parameter, torch.empty_like):
-    plain_attention, plain_kvcache, plain_sdpa = _C.plain_attention, _C.plain_kvcache, _C.plain_sdpa
+# The quick ways in for plain calls, csrc/plain_*.cpp: None where there are none.
+plain_attention: Any = None
+plain_attention_backward: Any = None
+plain_kvcache: Callable[..., Tensor | None] | None = None
+plain_sample: Any = None
+_empty_tokens, _empty_floats = (
+    partial(torch.empty, dtype=dtype, device="cpu") for dtype in (torch.int64, torch.float32)
+)
+if (
+    _C is not None
+    and _ISA_ERROR is None
+    and _C.bind_tensor(Tensor, torch.nn.Parameter, torch.empty_like, _empty_tokens, _empty_floats)
+):
+    plain_attention, plain_kvcache, plain_sample = _C.plain_attention, _C.plain_kvcache, _C.plain_sample
+    plain_attention_backward = _C.plain_attention_backward
 
+_ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3}  # csrc/params.h, Activation
 _FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # what kernels that compute in float read
 _ATTENTION_DTYPES = (*_FLOAT_DTYPES, torch.float64)
 _MAX_VOCAB = 1 << 22  # csrc/params.h, kMaxVocab
@@ -139,7 +153,7 @@ def attention(args: AttentionArgs) -> tuple[Tensor, Tensor | None]:
 def attention_backward(
     args: AttentionArgs, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None, *, needs_dbias: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
-    """``dq, dk, dv, dbias, dsinks`` of a call of ``attention`` that gave ``out`` and ``lse``; as ``AttentionGrads``."""
+    """``dq, dk, dv, dbias, dsinks`` of a call of ``attention`` that gave ``out`` and ``lse``."""
     q, k, v = unit_stride(args.q), unit_stride(args.k), unit_stride(args.v)
     compute, lse = statistics(q), lse.contiguous()
     nheads, seqlen_q = lse.shape[-2:]
@@ -253,10 +267,11 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return out
 
 
-def silu_mul(gate_up: Tensor) -> Tensor:
-    """``gate_up (tokens, 2 * ffn)`` float32 to (tokens, ffn) float32."""
-    gate_up = unit_stride(gate_up)
-    tokens, ffn = gate_up.shape[0], gate_up.shape[1] // 2
+def activate(x: Tensor, kind: str, gated: bool) -> Tensor:
+    """``x (tokens, ffn)``, or if gated ``(tokens, 2 * ffn)``, float32 to (tokens, ffn) float32."""
+    x = unit_stride(x)
+    tokens, ffn = x.shape[0], x.shape[1] // 2 if gated else x.shape[1]
     out = torch.empty((tokens, ffn), dtype=torch.float32)
-    _C.silu_mul(gate_up.data_ptr(), gate_up.stride(0), out.data_ptr(), tokens, ffn, torch.get_num_threads())
+    threads = torch.get_num_threads()
+    _C.activate(x.data_ptr(), x.stride(0), out.data_ptr(), tokens, ffn, _ACTIVATIONS[kind], gated, threads)
     return out

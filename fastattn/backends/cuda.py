@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from fastattn import calls
+from fastattn.gradient_sums import sinks_gradient
 
 try:
     from fastattn import _cuda
@@ -23,14 +24,14 @@ if TYPE_CHECKING:
 NAME = "cuda"
 FEATURES = frozenset(
     {"window", "softcap", "alibi", "bias", "mask", "sinks", "dropout", "varlen", "leftpad", "cache_batch_idx", "paged",
-     "survivors"}
+     "gradients", "survivors"}
 )  # fmt: skip
+_NO_GRADIENTS_WITH = frozenset({"leftpad", "cache_batch_idx", "paged"})
 MAX_HEADDIM = {
     torch.float16: 256,
     torch.bfloat16: 256,
     torch.float32: 128,
-}  # csrc/cuda/launch.cuh, kMaxHeaddim
-_LOGITS_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+}  # csrc/cuda/launch.cuh, kMaxTileHeaddim
 _MAX_VOCAB = 1 << 22  # csrc/params.h, kMaxVocab
 _CHUNK = 8  # elements that one copy moves: 16 bytes
 
@@ -66,7 +67,7 @@ def _lacks(args: AttentionArgs | KVAppendArgs | SamplingArgs) -> str | None:
     """What no GPU would change."""
     tensor = args.subject
     are_logits = tensor.dim() == 2
-    if tensor.dtype not in (_LOGITS_DTYPES if are_logits else MAX_HEADDIM):
+    if tensor.dtype not in (calls.FLOAT_DTYPES if are_logits else MAX_HEADDIM):
         return f"lacks dtype '{str(tensor.dtype).removeprefix('torch.')}'"
     if are_logits and tensor.shape[1] > _MAX_VOCAB:
         return f"lacks vocabularies above {_MAX_VOCAB}"
@@ -76,6 +77,11 @@ def _lacks(args: AttentionArgs | KVAppendArgs | SamplingArgs) -> str | None:
             return f"lacks headdim above {longest} in {str(tensor.dtype).removeprefix('torch.')}"
     features = args.features()
     lacking = sorted(features - FEATURES)
+    if "gradients" in features:
+        if features & _NO_GRADIENTS_WITH:
+            lacking.append("gradients")
+        if tensor.dtype == torch.float32:
+            lacking.append("gradients in float32")
     if {"paged", "dropout"} <= features:
         lacking.append("dropout with pages")
     return f"lacks {', '.join(map(repr, lacking))}" if lacking else None
@@ -110,7 +116,49 @@ def attention(args: AttentionArgs) -> tuple[Tensor, Tensor | None]:
             calls.address(partial_lse),
             _stream(q),
         )
-    return out if out.shape[3] == headdim_v else out[..., :headdim_v].contiguous(), lse
+    return _narrowed(out, headdim_v), lse
+
+
+def attention_backward(
+    args: AttentionArgs, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None, *, needs_dbias: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    """``dq, dk, dv, dbias, dsinks`` of a call of ``attention`` that gave ``out`` and ``lse``.
+
+    dbias takes (batch, nheads, seqlen_q, seqlen_k) float32 of memory on the way.
+    """
+    q, k, v, out, dout = (_aligned(x) for x in (args.q, args.k, args.v, out, dout))
+    lse = lse.contiguous()
+    dlse = None if dlse is None else dlse.contiguous()
+    nheads, seqlen_q = lse.shape[-2:]
+    delta = lse.new_empty(lse.shape)
+    # Tokens that no sequence holds are not visited.
+    some_queries = args.cu_seqlens_q is not None
+    some_keys = some_queries or args.seqlens_k is not None
+    dq = (q.new_zeros if some_queries else q.new_empty)(q.shape)
+    dk, dv = ((x.new_zeros if some_keys else x.new_empty)(x.shape) for x in (k, v))
+    dbias = None
+    if needs_dbias and args.attn_bias is not None:
+        dbias = q.new_zeros(calls.scores_shape(args), dtype=torch.float32)
+    modifiers = calls.Modifiers(args) if args.features() else None
+    with _on_device(q):
+        _cuda.attention_backward(
+            calls.attention_call(args, q, k, v, modifiers),
+            calls.view(out),
+            (calls.address(lse), nheads * seqlen_q, seqlen_q),
+            calls.view(dout),
+            calls.address(dlse),
+            calls.address(delta),
+            calls.view(dq),
+            calls.view(dk),
+            calls.view(dv),
+            None if dbias is None else (calls.address(dbias), *dbias.stride(), calls.DTYPES[torch.float32]),
+            _stream(q),
+        )
+    if args.attn_bias is not None and dbias is not None:
+        dbias = dbias.sum_to_size(args.attn_bias.shape).to(args.attn_bias.dtype)
+    dsinks = None if args.sinks is None else sinks_gradient(args.sinks, lse, delta)
+    headdim, headdim_v = args.q.shape[3], args.v.shape[3]
+    return _narrowed(dq, headdim), _narrowed(dk, headdim), _narrowed(dv, headdim_v), dbias, dsinks
 
 
 def append_kv(args: KVAppendArgs) -> tuple[Tensor, Tensor]:
@@ -119,6 +167,11 @@ def append_kv(args: KVAppendArgs) -> tuple[Tensor, Tensor]:
     with _on_device(args.q):
         _cuda.append_kv(append.call, _stream(args.q))
     return append.q_out, append.seqlens
+
+
+def _narrowed(x: Tensor, dims: int) -> Tensor:
+    """x (batch, seqlen, heads, padded) without its padding."""
+    return x if x.shape[3] == dims else x[..., :dims].contiguous()
 
 
 def sample(args: SamplingArgs) -> tuple[Tensor, None]:

@@ -80,7 +80,7 @@ def attention(args: AttentionArgs) -> tuple[Tensor, Tensor | None]:
 def attention_backward(
     args: AttentionArgs, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None, *, needs_dbias: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
-    """``dq, dk, dv, dbias, dsinks`` of a call of ``attention`` that gave ``out`` and ``lse``; as ``AttentionGrads``."""
+    """``dq, dk, dv, dbias, dsinks`` of a call of ``attention`` that gave ``out`` and ``lse``."""
     from fastattn.kernels.attention_backward import backward
 
     return backward(args, out, lse, dout, dlse, needs_dbias=needs_dbias)

@@ -143,27 +143,13 @@ def _tag_caches(tag: str | None) -> str | None:
     return before
 
 
-def _sdpa(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    *,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> Tensor:
-    """aten::scaled_dot_product_attention."""
+def _sdpa(*args: Any, **kwargs: Any) -> Tensor:
+    """aten::scaled_dot_product_attention, with its arguments."""
     transformed = torch._C._functorch.peek_interpreter_stack() is not None
     if transformed or not torch.backends.cuda.flash_sdp_enabled():  # type: ignore[no-untyped-call]
-        out, _ = torch._scaled_dot_product_attention_math(
-            query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
-        )
+        out, _ = torch._scaled_dot_product_attention_math(*args, **kwargs)
         return out
-    return scaled_dot_product_attention(
-        query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
-    )
+    return scaled_dot_product_attention(*args, **kwargs)
 
 
 if _HAS_REGISTRY:

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastattn import plain
+from fastattn.args import top_left
 from fastattn.attention import attention
-from fastattn.sdpa import top_left
 
 _called: set[int] | None = None
 _collector: Any = None  # transformers' own list of what a forward pass shall return besides its result
@@ -95,13 +96,23 @@ def attend(
     if _called is not None:
         _called.add(id(module))
     seqlen_q, seqlen_k = query.shape[2], key.shape[2]
-    causal, window = False, (-1, -1)
+    causal = mask is None and bool(is_causal) and seqlen_q > 1
+    if dropout == 0.0:
+        if isinstance(mask, Tensor) and mask.dim() == 4 and mask.shape[3] > seqlen_k:
+            mask = mask[..., :seqlen_k]
+        quick = plain.attention(
+            plain.TRANSFORMERS, query, key, value, causal, scaling, True, plain.NO_WINDOW, softcap, bias, mask, None,
+            sinks, False,
+        )  # fmt: skip
+        if quick is not None:
+            return quick  # type: ignore[no-any-return]
+    window = plain.NO_WINDOW
     if mask is not None:
         check_mask(module, mask, seqlen_q, seqlen_k)
         mask = mask[..., :seqlen_k]
         if mask.dtype != torch.bool:
             bias, mask = (mask if bias is None else bias + mask), None
-    elif is_causal and seqlen_q > 1:
+    elif causal:
         used, causal, window = top_left(seqlen_q, seqlen_k)
         key, value = key[:, :, :used], value[:, :, :used]
         bias = bias if bias is None or bias.shape[-1] == 1 else bias[..., :used]

@@ -1,7 +1,7 @@
 """What every pre-norm decoder is made of, and the one function that runs it.
 
     x = embedding(token_ids)                          (total, hidden)
-    for each layer:  x += attention(norm(x));  x += mlp(norm(x))
+    for each layer:  x += attention(norm(x));  x += mlp(norm(x))          (or both from the same x)
     logits = head(norm(x))                            (batch or total, vocab)
 
 The tokens of all rows of a batch lie one after the other, ragged and without padding: linear layers, norms
@@ -11,30 +11,21 @@ the model's dtype.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from itertools import groupby
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastattn.fused import rms_norm, silu_mul
+from fastattn.fused import activate, activate_mul, rms_norm
 from fastattn.kvcache import attention_with_kvcache
 from fastattn.linear import PackedLinear
-from fastattn.model.config import ModelConfig, RopeConfig
-from fastattn.model.kv_cache import KVCache
-
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "silu": F.silu,
-    "gelu": F.gelu,
-    "gelu_tanh": partial(F.gelu, approximate="tanh"),
-}
-
-MIN_ROTARY_ROWS = 512  # the first size of the rotary tables; they grow with the longest sequence seen
+from fastattn.model.config import ModelConfig
+from fastattn.model.kv_cache import KVCache, Ring
+from fastattn.model.rope import Rotary
 
 
 class RMSNorm:
@@ -63,17 +54,20 @@ class LayerNorm:
         return F.layer_norm(x, self.shape, self.weight, self.bias, self.eps)  # (tokens, hidden)
 
 
+Norm = RMSNorm | LayerNorm
+
+
 class MLP:
     """``down(activation(up(x)))``."""
 
     def __init__(self, up: PackedLinear, down: PackedLinear, activation: str) -> None:
         self.up = up
         self.down = down
-        self.activation = ACTIVATIONS[activation]
+        self.activation = activation  # a key of fused.ACTIVATIONS
 
     def __call__(self, x: Tensor) -> Tensor:
         """x (tokens, hidden) float32 -> the same."""
-        return self.down(self.activation(self.up(x)))  # (tokens, hidden)
+        return self.down(activate(self.up(x), self.activation))  # (tokens, hidden)
 
 
 class GatedMLP:
@@ -82,58 +76,23 @@ class GatedMLP:
     def __init__(self, gate_up: PackedLinear, down: PackedLinear, activation: str) -> None:
         self.gate_up = gate_up  # weight (2 * ffn, hidden), gate first
         self.down = down
-        self.combine = silu_mul if activation == "silu" else partial(_gate, ACTIVATIONS[activation])
+        self.activation = activation  # a key of fused.ACTIVATIONS
 
     def __call__(self, x: Tensor) -> Tensor:
         """x (tokens, hidden) float32 -> the same."""
-        return self.down(self.combine(self.gate_up(x)))  # (tokens, hidden)
+        return self.down(activate_mul(self.gate_up(x), self.activation))  # (tokens, hidden)
 
 
-def _gate(activation: Callable[[Tensor], Tensor], gate_up: Tensor) -> Tensor:
-    gate, up = gate_up.chunk(2, dim=-1)  # each (tokens, ffn)
-    return activation(gate).mul_(up)  # (tokens, ffn)
+def alibi_slopes(nheads: int) -> Tensor:
+    """ALiBi's slope of each head (arXiv 2108.12409, section 3), (nheads,) float32.
 
-
-class Rotary:
-    """cos and sin of every position's angles, float32, computed up to the longest sequence seen so far.
-
-    The tables grow on demand: a file's ``max_seqlen`` is a claim that nothing else in the file pays for.
-
-    Args:
-        config: base, rotary_dim and scaling.
-        factors: (rotary_dim / 2,) float32 divisors of the frequencies (GGUF's rope_freqs), or None.
+    2^(-8 / n), 2^(-16 / n), ... for a power of two n; else those of the power of two below, then every other
+    one of the power of two above.
     """
-
-    def __init__(self, config: RopeConfig, factors: Tensor | None = None) -> None:
-        self.inv_freq = _inverse_frequencies(config)  # (rotary_dim / 2,) float64
-        if factors is not None:
-            self.inv_freq = self.inv_freq / factors.double()
-        self.cos = self.sin = torch.empty(0, config.rotary_dim // 2)  # (positions, rotary_dim / 2)
-
-    def reserve(self, seqlen: int) -> None:
-        """Tables for at least ``seqlen`` positions."""
-        if seqlen <= self.cos.shape[0]:
-            return
-        rows = max(seqlen, 2 * self.cos.shape[0], MIN_ROTARY_ROWS)
-        # float64 until after cos and sin: a float32 angle of thousands of radians has lost its last digits.
-        angles = torch.outer(torch.arange(rows, dtype=torch.float64), self.inv_freq)  # (rows, rotary_dim / 2)
-        self.cos, self.sin = angles.cos().float(), angles.sin().float()  # (rows, rotary_dim / 2)
-
-
-def _inverse_frequencies(config: RopeConfig) -> Tensor:
-    """Radians per position of each rotated pair, (rotary_dim / 2,) float64."""
-    pairs = torch.arange(0, config.rotary_dim, 2, dtype=torch.float64)  # (rotary_dim / 2,)
-    inv_freq = config.base ** -(pairs / config.rotary_dim)  # (rotary_dim / 2,)
-    scaling = config.scaling
-    if scaling is None:
-        return inv_freq
-    if scaling.kind == "linear":
-        return inv_freq / scaling.factor
-    # llama3: how many turns a pair makes within the trained length decides; 0 = stretch it, 1 = leave it.
-    turns = scaling.original_max_seqlen * inv_freq / (2 * math.pi)  # (rotary_dim / 2,)
-    low, high = scaling.low_freq_factor, scaling.high_freq_factor
-    keep = ((turns - low) / (high - low)).clamp(0, 1)  # (rotary_dim / 2,)
-    return inv_freq * (keep + (1 - keep) / scaling.factor)
+    below = 1 << (nheads.bit_length() - 1)  # the largest power of two <= nheads
+    slopes = [2.0 ** (-8 * (h + 1) / below) for h in range(below)]
+    slopes += [2.0 ** (-4 * (2 * h + 1) / below) for h in range(nheads - below)]
+    return torch.tensor(slopes)  # (nheads,)
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,80 +114,139 @@ def split_runs(seqlens: Sequence[int]) -> list[Run]:
     return runs
 
 
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One pass through the layers: which rows get how many tokens, and where these stand."""
+
+    runs: list[Run]
+    seqlens: Tensor  # (batch,) int32, tokens per row before it
+    longest: int  # tokens of the longest row after it
+    block_table: Tensor | None  # (batch, max_blocks) int32, of the layers with a window (KVCache.pages)
+
+
 class Attention:
     """Causal self-attention over the cache, q, k and v from one product.
 
     Args:
         qkv: weight ((nheads + 2 * nheads_k) * headdim, hidden), rows in the order q, k, v.
         out: weight (hidden, nheads * headdim).
-        config: nheads, nheads_k and headdim.
+        config: nheads, nheads_k, headdim, scale and softcap.
         rotary: the model's tables, or None.
+        window: tokens that one sees, itself included; 0: all before it.
+        alibi_slopes: (nheads,) float32, or None.
+        q_norm: of every query head, weight (headdim,), or None.
+        k_norm: of every key head, likewise.
     """
 
     def __init__(
-        self, qkv: PackedLinear, out: PackedLinear, config: ModelConfig, rotary: Rotary | None
+        self,
+        qkv: PackedLinear,
+        out: PackedLinear,
+        config: ModelConfig,
+        rotary: Rotary | None,
+        *,
+        window: int = 0,
+        alibi_slopes: Tensor | None = None,
+        q_norm: RMSNorm | None = None,
+        k_norm: RMSNorm | None = None,
     ) -> None:
         self.qkv = qkv
         self.out = out
         self.heads = [config.nheads, config.nheads_k, config.nheads_k]
         self.headdim = config.headdim
         self.rotary = rotary
+        self.ring = Ring(window) if window else None
+        self.norms = (q_norm, k_norm)
+        self.modifiers = {
+            "softmax_scale": config.softmax_scale,
+            "softcap": config.attn_softcap,
+            "alibi_slopes": alibi_slopes,  # (nheads,)
+        }
 
-    def __call__(
-        self, x: Tensor, runs: list[Run], k_cache: Tensor, v_cache: Tensor, seqlens: Tensor
-    ) -> Tensor:
+    def __call__(self, x: Tensor, step: Step, k_cache: Tensor, v_cache: Tensor) -> Tensor:
         """Append each token's k and v, attend, project.
 
         Args:
             x: (total, hidden) float32.
-            runs: how the tokens belong to rows.
+            step: how the tokens belong to rows, and where they stand.
             k_cache: (batch, capacity, nheads_k, headdim), written in place.
             v_cache: the same.
-            seqlens: (batch,) int32, tokens per row before this call.
 
         Returns:
             (total, hidden) float32.
         """
-        qkv = self.qkv(x).to(k_cache.dtype)  # (total, (nheads + 2 * nheads_k) * headdim)
-        if len(runs) == 1:
-            out = self._attend(qkv, runs[0].seqlen, k_cache, v_cache, seqlens)
-        else:
-            parts = [
-                self._attend(qkv[r.tokens], r.seqlen, k_cache[r.rows], v_cache[r.rows], seqlens[r.rows])
-                for r in runs
-            ]
-            out = torch.cat(parts)  # (total, nheads * headdim)
+        qkv = self.qkv(x).view(len(x), -1, self.headdim)  # (total, nheads + 2 * nheads_k, headdim)
+        parts = []
+        for run in step.runs:
+            q, k, v = self._heads(qkv[run.tokens], run.seqlen, k_cache.dtype)
+            parts.append(self._attend(q, k, v, step, run.rows, k_cache, v_cache))
+        out = parts[0] if len(parts) == 1 else torch.cat(parts)  # (total, nheads * headdim)
         return self.out(out.float())  # (total, hidden)
 
-    def _attend(self, qkv: Tensor, seqlen: int, k_cache: Tensor, v_cache: Tensor, seqlens: Tensor) -> Tensor:
-        """qkv (batch * seqlen, ...) of equally long rows -> (batch * seqlen, nheads * headdim)."""
-        batch = k_cache.shape[0]
-        heads = qkv.view(batch, seqlen, -1, self.headdim)  # (batch, seqlen, nheads + 2 * nheads_k, headdim)
-        q, k, v = torch.split(heads, self.heads, dim=2)  # (batch, seqlen, nheads or nheads_k, headdim)
-        rotary = self.rotary
-        out = attention_with_kvcache(
-            q,
-            k_cache,
-            v_cache,
-            k,
-            v,
-            cache_seqlens=seqlens,
-            rotary_cos=None if rotary is None else rotary.cos,
-            rotary_sin=None if rotary is None else rotary.sin,
-            rotary_interleaved=False,
-            causal=True,
-        )
-        return cast(Tensor, out).view(batch * seqlen, self.heads[0] * self.headdim)
+    def _heads(self, qkv: Tensor, seqlen: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        """q, k, v of equally long rows, each (batch, seqlen, nheads or nheads_k, headdim) in the cache's dtype."""
+        if self.norms == (None, None):
+            qkv = qkv.to(dtype)  # (tokens, nheads + 2 * nheads_k, headdim)
+        heads = list(torch.split(qkv, self.heads, dim=1))  # each (tokens, nheads or nheads_k, headdim)
+        for n, norm in enumerate(self.norms):
+            if norm is not None:
+                heads[n] = norm(heads[n].reshape(-1, self.headdim)).view(heads[n].shape)
+        return tuple(x.to(dtype).view(-1, seqlen, *x.shape[1:]) for x in heads)
+
+    def _attend(
+        self, q: Tensor, k: Tensor, v: Tensor, step: Step, rows: slice, k_cache: Tensor, v_cache: Tensor
+    ) -> Tensor:
+        """q, k, v (batch, seqlen, ...) of these rows -> (batch * seqlen, nheads * headdim)."""
+        options: dict[str, Any] = {"causal": True, "rotary_interleaved": False, **self.modifiers}
+        if self.rotary is not None:
+            options |= {"rotary_cos": self.rotary.cos, "rotary_sin": self.rotary.sin}
+        ring, seqlens = self.ring, step.seqlens[rows]  # (batch,)
+        if ring is not None and step.longest > ring.window:
+            options["window_size"] = (ring.window - 1, 0)
+        if ring is None or step.block_table is None:
+            out = attention_with_kvcache(
+                q, k_cache[rows], v_cache[rows], k, v, cache_seqlens=seqlens, **options
+            )
+            return cast(Tensor, out).view(-1, self.heads[0] * self.headdim)
+        pages = [x.view(-1, ring.page, *x.shape[2:]) for x in (k_cache, v_cache)]  # (num_blocks, page, ...)
+        options["block_table"] = step.block_table[rows]  # (batch, max_blocks)
+        parts: list[Any] = []
+        for new in zip(*(torch.split(x, ring.piece, dim=1) for x in (q, k, v))):
+            parts.append(attention_with_kvcache(new[0], *pages, *new[1:], cache_seqlens=seqlens, **options))
+            seqlens = seqlens + new[0].shape[1]
+        return torch.cat(parts, dim=1).view(-1, self.heads[0] * self.headdim)
 
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """One decoder layer: two residual branches, each behind its norm."""
+    """One decoder layer: two residual branches, each behind its norm; in some models before another one.
 
-    attn_norm: RMSNorm | LayerNorm
+    One after the other, or ``parallel``: the MLP then reads x as it was before the attention, through its own
+    norm, or, where ``ffn_norm`` is None, what the attention reads.
+    """
+
+    attn_norm: Norm
     attn: Attention
-    ffn_norm: RMSNorm | LayerNorm
+    ffn_norm: Norm | None
     mlp: MLP | GatedMLP
+    parallel: bool = False
+    post_attn_norm: Norm | None = None
+    post_ffn_norm: Norm | None = None
+
+    def __call__(self, x: Tensor, step: Step, k_cache: Tensor, v_cache: Tensor) -> Tensor:
+        """x (total, hidden) float32 -> the same memory, updated; the others as in ``Attention``."""
+        attn_in = self.attn_norm(x)  # (total, hidden)
+        attn_out = self.attn(attn_in, step, k_cache, v_cache)  # (total, hidden)
+        if self.post_attn_norm is not None:
+            attn_out = self.post_attn_norm(attn_out)
+        if not self.parallel:
+            x += attn_out
+        ffn_in = attn_in if self.ffn_norm is None else self.ffn_norm(x)  # (total, hidden)
+        if self.parallel:
+            x += attn_out
+        ffn_out = self.mlp(ffn_in)  # (total, hidden)
+        x += ffn_out if self.post_ffn_norm is None else self.post_ffn_norm(ffn_out)
+        return x
 
 
 class Decoder:
@@ -240,8 +258,8 @@ class Decoder:
         layers: ``config.nlayers`` of them.
         norm: the last norm.
         head: weight (vocab, hidden).
-        rotary: the tables that the layers' attention reads, or None.
         positions: (max_seqlen, hidden) learned positions in the model's dtype, or None.
+        embedding_norm: what the embedding goes through first, or None.
     """
 
     def __init__(
@@ -249,19 +267,21 @@ class Decoder:
         config: ModelConfig,
         embedding: Tensor,
         layers: Sequence[Layer],
-        norm: RMSNorm | LayerNorm,
+        norm: Norm,
         head: PackedLinear,
         *,
-        rotary: Rotary | None = None,
         positions: Tensor | None = None,
+        embedding_norm: Norm | None = None,
     ) -> None:
         self.config = config
         self.embedding = embedding  # (vocab, hidden)
         self.layers = list(layers)
         self.norm = norm
         self.head = head
-        self.rotary = rotary
+        self.rotaries = {layer.attn.rotary for layer in layers if layer.attn.rotary is not None}
+        self.prompt_limit = min((r.prompt_limit for r in self.rotaries), default=config.max_seqlen)
         self.positions = positions  # (max_seqlen, hidden)
+        self.embedding_norm = embedding_norm
 
     @property
     def dtype(self) -> torch.dtype:
@@ -301,26 +321,29 @@ class Decoder:
         cache.reserve(max(ends))
 
         x = self._embed(token_ids, starts, ends)  # (total, hidden)
-        runs = split_runs(seqlens)
+        step = Step(split_runs(seqlens), cache.seqlens, max(ends), cache.pages(max(ends)))
         for layer, k_cache, v_cache in zip(self.layers, cache.k, cache.v):
-            x += layer.attn(layer.attn_norm(x), runs, k_cache, v_cache, cache.seqlens)
-            x += layer.mlp(layer.ffn_norm(x))
-        cache.seqlens = torch.tensor(ends, dtype=torch.int32)  # (batch,)
+            x = layer(x, step, k_cache, v_cache)
+        cache.advance(ends)
 
         if not all_logits and len(x) > len(seqlens):
             last = torch.tensor(seqlens).cumsum(0) - 1  # (batch,)
             x = x[last]  # (batch, hidden)
-        return self.head(self.norm(x))  # (batch or total, vocab)
+        logits = self.head(self.norm(x))  # (batch or total, vocab)
+        cap = self.config.logit_softcap
+        return logits.div_(cap).tanh_().mul_(cap) if cap else logits  # (batch or total, vocab)
 
     def _embed(self, token_ids: Tensor, starts: list[int], ends: list[int]) -> Tensor:
         """Token vectors, plus learned positions, (total, hidden) float32, in memory of its own."""
         x = F.embedding(token_ids, self.embedding).float()  # (total, hidden)
-        if self.rotary is not None:
-            self.rotary.reserve(max(ends))
+        if self.config.embedding_scale != 1.0:
+            x = x * self.config.embedding_scale
+        for rotary in self.rotaries:
+            rotary.reserve(max(ends))
         if self.positions is not None:
             where = torch.cat([torch.arange(start, end) for start, end in zip(starts, ends)])  # (total,)
             x += F.embedding(where, self.positions)
-        return x
+        return x if self.embedding_norm is None else self.embedding_norm(x)
 
     def _check(self, token_ids: Tensor, seqlens: list[int], cache: KVCache, ends: list[int]) -> None:
         if not isinstance(token_ids, Tensor) or token_ids.dtype != torch.int64:
@@ -338,6 +361,12 @@ class Decoder:
             row = ends.index(max(ends))
             limit = f"the model has max_seqlen={self.config.max_seqlen}"
             raise ValueError(f"token_ids: row {row} would hold {ends[row]} tokens, {limit}")
+        for row, (end, seqlen) in enumerate(zip(ends, seqlens)):
+            if seqlen > 1 and end > self.prompt_limit:
+                begin = f"beyond {self.prompt_limit}, where dynamic rotary scaling begins"
+                raise ValueError(
+                    f"token_ids: row {row} would hold {end} tokens; {begin}, they have to come one at a time"
+                )
         low, high = (int(x) for x in token_ids.aminmax())
         if low < 0 or high >= self.config.vocab_size:
             bad = low if low < 0 else high

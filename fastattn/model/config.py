@@ -13,35 +13,48 @@ from numbers import Real
 from pathlib import Path
 from typing import Any, NoReturn
 
-from fastattn.model.weights import ModelFileError
+from fastattn.args import MAX_HEADDIM
+from fastattn.model.weights import ModelFileError, TensorSource
 
 MAX_INT = 2**31 - 1
-MAX_HEADDIM = 512  # what the attention kernels take
 
-# The names that files use, and ours (blocks.ACTIVATIONS).
+# The names that files use, and ours (fused.ACTIVATIONS).
 ACTIVATION_NAMES = {
     "silu": "silu",
     "swish": "silu",
     "gelu": "gelu",
     "gelu_new": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
     "gelu_pytorch_tanh": "gelu_tanh",
+    "relu": "relu",
+}
+
+# ModelConfig field: key in GGUF metadata, behind the architecture's name.
+GGUF_SIZES = {
+    "vocab_size": "vocab_size",
+    "hidden_size": "embedding_length",
+    "nlayers": "block_count",
+    "nheads": "attention.head_count",
+    "nheads_k": "attention.head_count_kv",
+    "headdim": "attention.key_length",
+    "ffn_size": "feed_forward_length",
+    "max_seqlen": "context_length",
 }
 
 
 @dataclass(frozen=True)
 class RopeScaling:
-    """How rotary frequencies stretch beyond the trained length.
+    """How rotary frequencies stretch beyond the trained length, ``original_max_seqlen`` (``rope.frequencies``)."""
 
-    ``linear`` divides every frequency by ``factor``; ``llama3`` divides the low ones, keeps the high ones and
-    blends in between: the borders are pairs that make ``low_freq_factor`` and ``high_freq_factor`` full turns
-    within ``original_max_seqlen`` positions.
-    """
-
-    kind: str  # "linear" or "llama3"
+    kind: str  # "linear", "dynamic", "yarn" or "llama3"
     factor: float
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
     original_max_seqlen: int = 8192
+    low_freq_factor: float = 1.0  # llama3
+    high_freq_factor: float = 4.0
+    beta_fast: float = 32.0  # yarn
+    beta_slow: float = 1.0
+    truncate: bool = True
+    attention_factor: float = 1.0  # of rotated q and k alike, so that scores grow by its square
 
 
 @dataclass(frozen=True)
@@ -51,9 +64,7 @@ class RopeConfig:
     base: float
     rotary_dim: int
     scaling: RopeScaling | None = None
-    stored_as_pairs: bool = (
-        False  # the file keeps the rows of a rotated pair side by side, as GGUF's llama does
-    )
+    stored_as_pairs: bool = False  # a pair's rows lie side by side, as in GPT-J and in GGUF's llama
 
 
 @dataclass(frozen=True)
@@ -70,11 +81,24 @@ class ModelConfig:
     ffn_size: int
     max_seqlen: int  # positions
     norm_eps: float
-    rope: RopeConfig | None  # None: learned absolute positions
+    rope: RopeConfig | None  # None: learned absolute positions, or ALiBi
     tie_embeddings: bool  # the LM head is the token embedding
-    activation: str  # a key of blocks.ACTIVATIONS
+    activation: str  # a key of fused.ACTIVATIONS
     bos_id: int | None = None
     eos_ids: tuple[int, ...] = ()
+    alibi: bool = False  # scores fall linearly with the distance
+    parallel: bool = False  # attention and MLP of a layer read the same x
+    qkv_grouped: bool = (
+        False  # the file keeps each KV head's queries, key and value together, as Megatron does
+    )
+    softmax_scale: float | None = None  # None: 1 / sqrt(headdim)
+    attn_softcap: float = 0.0  # of attention scores; 0: none
+    logit_softcap: float = 0.0  # of the logits; 0: none
+    embedding_scale: float = 1.0  # of token vectors on their way in
+    norm_offset: float = 0.0  # added to RMSNorm's weights as the file has them
+    window: int = 0  # tokens that one sees in local layers, itself included; 0: no layer is local
+    local_layers: tuple[int, ...] = ()  # the layers with that window
+    local_rope: RopeConfig | None = None  # of local layers; None: as in the others
 
 
 class Fields:
@@ -102,6 +126,10 @@ class Fields:
     def has(self, key: str) -> bool:
         """Whether the key is there and not null."""
         return self.values.get(key) is not None
+
+    def first(self, *keys: str) -> str:
+        """Of several names for one value the one that is there; the first of them if none is."""
+        return next((key for key in keys if self.has(key)), keys[0])
 
     def fail(self, key: str, problem: str) -> NoReturn:
         """ModelFileError about this key."""
@@ -195,14 +223,37 @@ def read_sizes(fields: Fields, keys: Mapping[str, str], **defaults: int) -> dict
         wanted = f"expected a divisor of {keys['nheads']}={nheads}"
         fields.fail(keys["nheads_k"], f"{wanted}, got {sizes['nheads_k']}")
 
-    if "headdim" in keys and fields.has(keys["headdim"]):
-        sizes["headdim"] = fields.integer(keys["headdim"], high=MAX_HEADDIM)
+    if "headdim" in keys and (fields.has(keys["headdim"]) or "headdim" in defaults):
+        sizes["headdim"] = fields.integer(keys["headdim"], defaults.get("headdim"), high=MAX_HEADDIM)
     elif hidden_size % nheads or hidden_size // nheads > MAX_HEADDIM:
         wanted = f"expected a divisor of {keys['hidden_size']}={hidden_size}"
         fields.fail(keys["nheads"], f"{wanted} that leaves at most {MAX_HEADDIM}, got {nheads}")
     else:
         sizes["headdim"] = hidden_size // nheads
     return sizes
+
+
+def read_hf(
+    config: Fields, generation_config: Fields, keys: Mapping[str, str], **defaults: int
+) -> dict[str, Any]:
+    """What every config.json says: sizes (``read_sizes``) and the ids of special tokens, fields of ModelConfig."""
+    bos_id, eos_ids = read_hf_ids(config, generation_config)
+    return {**read_sizes(config, keys, **defaults), "bos_id": bos_id, "eos_ids": eos_ids}
+
+
+def read_gguf(fields: Fields, source: TensorSource, arch: str) -> dict[str, Any]:
+    """What every GGUF file says: sizes, ids of special tokens, whether it has a head; fields of ModelConfig.
+
+    Without a vocab_size the embedding's rows count; without a head it is tied.
+    """
+    shapes = source.shapes()
+    rows = shapes.get("token_embd.weight", (0,))[0]
+    keys = {field: f"{arch}.{key}" for field, key in GGUF_SIZES.items()}
+    sizes = read_sizes(fields, keys, **({"vocab_size": rows} if rows else {}))
+    fields.require(f"{arch}.attention.value_length", sizes["headdim"], sizes["headdim"])
+    bos_id, eos_ids = read_gguf_ids(fields)
+    tied = "output.weight" not in shapes
+    return {**sizes, "bos_id": bos_id, "eos_ids": eos_ids, "tie_embeddings": tied}
 
 
 def read_activation(fields: Fields, key: str, default: str) -> str:
@@ -233,33 +284,3 @@ def read_gguf_ids(fields: Fields) -> tuple[int | None, tuple[int, ...]]:
     bos = fields.token_ids("tokenizer.ggml.bos_token_id")
     eos = [i for kind in ("eos", "eot", "eom") for i in fields.token_ids(f"tokenizer.ggml.{kind}_token_id")]
     return (bos[0] if bos else None), tuple(dict.fromkeys(eos))
-
-
-def read_hf_rope(fields: Fields, headdim: int) -> RopeConfig:
-    """``rope_parameters`` (transformers 5) or ``rope_theta`` and ``rope_scaling`` (before)."""
-    key = "rope_parameters" if fields.has("rope_parameters") else "rope_scaling"
-    rope = fields.nested(key)
-    base = rope.number("rope_theta") if rope.has("rope_theta") else fields.number("rope_theta", 10000.0)
-    kind_key = "rope_type" if rope.has("rope_type") else "type"
-    kind = rope.text(kind_key, "default")
-    for where in (fields, rope):
-        where.require("partial_rotary_factor", 1.0, default=1.0)
-    if kind == "default":
-        scaling = None
-    elif kind == "linear":
-        scaling = RopeScaling("linear", rope.number("factor"))
-    elif kind == "llama3":
-        scaling = RopeScaling(
-            "llama3",
-            rope.number("factor"),
-            rope.number("low_freq_factor"),
-            rope.number("high_freq_factor"),
-            rope.integer("original_max_position_embeddings"),
-        )
-        if scaling.high_freq_factor <= scaling.low_freq_factor:
-            rope.fail("high_freq_factor", f"expected more than low_freq_factor={scaling.low_freq_factor}")
-    else:
-        rope.fail(kind_key, f"rotary scaling {shown(kind)} is not supported; default, linear and llama3 are")
-    if headdim % 2:
-        fields.fail("head_dim", f"expected an even number for rotary embedding, got {headdim}")
-    return RopeConfig(base, headdim, scaling)

@@ -1,168 +1,26 @@
-"""Llama and Mistral: RMSNorm, rotary embedding, grouped-query attention, gated MLP.
-
-GGUF files store the rows of q and k permuted, so that the two halves of a rotated pair are neighbours; ``build``
-puts them back, as Hugging Face files have them.
-"""
+"""Llama: the shared gated decoder as it is. GGUF files of Mistral are of this architecture too."""
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from fastattn.model import gated
+from fastattn.model.config import Fields, ModelConfig
+from fastattn.model.gated import HF_PREFIX, HF_TRANSPOSED, IGNORED, NAMES, build
+from fastattn.model.weights import TensorSource
 
-from fastattn.linear import PackedLinear
-from fastattn.model.blocks import Attention, Decoder, GatedMLP, Layer, RMSNorm, Rotary
-from fastattn.model.config import (
-    Fields,
-    ModelConfig,
-    RopeConfig,
-    RopeScaling,
-    read_activation,
-    read_gguf_ids,
-    read_hf_ids,
-    read_hf_rope,
-    read_rotary_dim,
-    read_sizes,
-    shown,
-)
-from fastattn.model.weights import TensorSource, WeightReader
+__all__ = ["HF_PREFIX", "HF_TRANSPOSED", "IGNORED", "NAMES", "build", "gguf_config", "hf_config"]
 
 NAME = "llama"
-HF_CLASSES = ("LlamaForCausalLM", "MistralForCausalLM")
+HF_CLASSES = ("LlamaForCausalLM",)
 GGUF_ARCHS = ("llama",)
-
-HF_PREFIX = "model."
-HF_TRANSPOSED: tuple[str, ...] = ()
-IGNORED = (".rotary_emb.inv_freq",)  # a buffer in old checkpoints
-
-# ModelConfig field: (config.json, GGUF metadata)
-KEYS = {
-    "vocab_size": ("vocab_size", "llama.vocab_size"),
-    "hidden_size": ("hidden_size", "llama.embedding_length"),
-    "nlayers": ("num_hidden_layers", "llama.block_count"),
-    "nheads": ("num_attention_heads", "llama.attention.head_count"),
-    "nheads_k": ("num_key_value_heads", "llama.attention.head_count_kv"),
-    "headdim": ("head_dim", "llama.attention.key_length"),
-    "ffn_size": ("intermediate_size", "llama.feed_forward_length"),
-    "max_seqlen": ("max_position_embeddings", "llama.context_length"),
-}
-
-# part: (Hugging Face without "model.", GGUF)
-NAMES = {
-    "embedding": ("embed_tokens", "token_embd"),
-    "norm": ("norm", "output_norm"),
-    "head": ("lm_head", "output"),
-    "rope_factors": ("rope_factors", "rope_freqs"),
-    "attn_norm": ("layers.{}.input_layernorm", "blk.{}.attn_norm"),
-    "q": ("layers.{}.self_attn.q_proj", "blk.{}.attn_q"),
-    "k": ("layers.{}.self_attn.k_proj", "blk.{}.attn_k"),
-    "v": ("layers.{}.self_attn.v_proj", "blk.{}.attn_v"),
-    "attn_out": ("layers.{}.self_attn.o_proj", "blk.{}.attn_output"),
-    "ffn_norm": ("layers.{}.post_attention_layernorm", "blk.{}.ffn_norm"),
-    "gate": ("layers.{}.mlp.gate_proj", "blk.{}.ffn_gate"),
-    "up": ("layers.{}.mlp.up_proj", "blk.{}.ffn_up"),
-    "down": ("layers.{}.mlp.down_proj", "blk.{}.ffn_down"),
-}
 
 
 def hf_config(config: Fields, generation_config: Fields) -> ModelConfig:
     """From config.json and generation_config.json."""
-    sizes = read_sizes(config, {field: keys[0] for field, keys in KEYS.items()})
-    _check_window(config, "sliding_window", sizes["max_seqlen"])
-    bos_id, eos_ids = read_hf_ids(config, generation_config)
-    return ModelConfig(
-        arch=NAME,
-        **sizes,
-        norm_eps=config.number("rms_norm_eps", 1e-6),
-        rope=read_hf_rope(config, sizes["headdim"]),
-        tie_embeddings=config.flag("tie_word_embeddings", False),
-        activation=read_activation(config, "hidden_act", "silu"),
-        bos_id=bos_id,
-        eos_ids=eos_ids,
-    )
+    return gated.hf_config(NAME, config, generation_config)
 
 
 def gguf_config(fields: Fields, source: TensorSource) -> ModelConfig:
-    """From GGUF metadata. Without a vocab_size the embedding's rows count; without a head it is tied."""
-    shapes = source.shapes()
-    rows = shapes.get("token_embd.weight", (0,))[0]
-    keys = {field: keys[1] for field, keys in KEYS.items()}
-    sizes = read_sizes(fields, keys, **({"vocab_size": rows} if rows else {}))
-    headdim = sizes["headdim"]
-    fields.require("llama.attention.value_length", headdim, headdim)
-    _check_window(fields, "llama.attention.sliding_window", sizes["max_seqlen"])
-    bos_id, eos_ids = read_gguf_ids(fields)
-    return ModelConfig(
-        arch=NAME,
-        **sizes,
-        norm_eps=fields.number("llama.attention.layer_norm_rms_epsilon"),
-        rope=_gguf_rope(fields, headdim),
-        tie_embeddings="output.weight" not in shapes,
-        activation="silu",
-        bos_id=bos_id,
-        eos_ids=eos_ids,
-    )
-
-
-def _gguf_rope(fields: Fields, headdim: int) -> RopeConfig:
-    rotary_dim = read_rotary_dim(fields, "llama.rope.dimension_count", headdim, headdim)
-    base = fields.number("llama.rope.freq_base", 10000.0)
-    kind = fields.text("llama.rope.scaling.type", "none")
-    scaling = None
-    if kind == "linear":
-        scaling = RopeScaling("linear", fields.number("llama.rope.scaling.factor"))
-    elif kind != "none":
-        problem = f"rotary scaling {shown(kind)} is not supported; none and linear are"
-        fields.fail("llama.rope.scaling.type", problem)
-    return RopeConfig(base, rotary_dim, scaling, stored_as_pairs=True)
-
-
-def _check_window(fields: Fields, key: str, max_seqlen: int) -> None:
-    """Sliding windows that some sequence would feel are not built: refuse them."""
-    if fields.has(key) and fields.integer(key, low=0) < max_seqlen:
-        problem = f"a sliding window shorter than max_seqlen={max_seqlen} is not supported"
-        fields.fail(key, f"{problem}, got {fields.values[key]}")
-
-
-def build(config: ModelConfig, weights: WeightReader) -> Decoder:
-    """The decoder, read from the file."""
-    rope = config.rope
-    assert rope is not None
-    hidden, eps = config.hidden_size, config.norm_eps
-    size_q, size_k = config.nheads * config.headdim, config.nheads_k * config.headdim
-    has_factors = weights.has("rope_factors")
-    factors = weights.vector("rope_factors", rope.rotary_dim // 2) if has_factors else None
-    rotary = Rotary(rope, factors)
-
-    def linear(layer: int, cols: int, **rows: int) -> PackedLinear:
-        return PackedLinear(*weights.linear(rows, cols, layer))
-
-    layers = []
-    for i in range(config.nlayers):
-        qkv, bias = weights.linear(
-            {"q": size_q, "k": size_k, "v": size_k}, hidden, i
-        )  # (size_q + 2 * size_k, hidden)
-        if rope.stored_as_pairs:
-            for rows in (qkv,) if bias is None else (qkv, bias):
-                _split_pairs(rows[: size_q + size_k], config.headdim, rope.rotary_dim)
-        attn = Attention(PackedLinear(qkv, bias), linear(i, size_q, attn_out=hidden), config, rotary)
-        gate_up = linear(i, hidden, gate=config.ffn_size, up=config.ffn_size)
-        mlp = GatedMLP(gate_up, linear(i, config.ffn_size, down=hidden), config.activation)
-        attn_norm = RMSNorm(weights.vector("attn_norm", hidden, i), eps)
-        layers.append(Layer(attn_norm, attn, RMSNorm(weights.vector("ffn_norm", hidden, i), eps), mlp))
-
-    embedding = weights.matrix("embedding", config.vocab_size, hidden)  # (vocab, hidden)
-    head = weights.head(embedding, config.tie_embeddings)  # (vocab, hidden)
-    norm = RMSNorm(weights.vector("norm", hidden), eps)
-    return Decoder(config, embedding, layers, norm, PackedLinear(head), rotary=rotary)
-
-
-def _split_pairs(rows: Tensor, headdim: int, rotary_dim: int) -> None:
-    """In place: of each head's first ``rotary_dim`` rows, the even ones first, then the odd ones.
-
-    Args:
-        rows: (heads * headdim, hidden), or a bias (heads * headdim,).
-        headdim: rows per head.
-        rotary_dim: how many of them are rotated.
-    """
-    turned = rows.view(-1, headdim, *rows.shape[1:])[:, :rotary_dim]  # (heads, rotary_dim, ...)
-    turned.copy_(torch.cat((turned[:, ::2], turned[:, 1::2]), dim=1))
+    """From GGUF metadata; a sliding window is one of all layers."""
+    every_layer = tuple(range(fields.integer("llama.block_count")))
+    window = gated.windowed(fields, "llama.attention.sliding_window", every_layer)
+    return gated.gguf_config(NAME, fields, source, stored_as_pairs=True, **window)

@@ -64,9 +64,9 @@ class WeightReader:
         self.ignored = ignored
         self.unused = dict.fromkeys(source.shapes())
 
-    def has(self, part: str) -> bool:
-        """Whether the file has this part."""
-        return f"{self.names[part]}.weight" in self.source.shapes()
+    def has(self, part: str, layer: int | None = None) -> bool:
+        """Whether the file has this part; False too for a part that the architecture does not name."""
+        return part in self.names and f"{self._name(part, layer)}.weight" in self.source.shapes()
 
     def linear(
         self, rows: Mapping[str, int], cols: int, layer: int | None = None, *, needs_bias: bool = False
@@ -93,12 +93,17 @@ class WeightReader:
         """(size,) float32."""
         return self._stack({f"{self._name(part, layer)}.{suffix}": size}, None, torch.float32)
 
-    def head(self, embedding: Tensor, tied: bool) -> Tensor:
-        """The LM head (vocab, hidden): the embedding itself if tied, even where the file repeats it."""
+    def head(self, embedding: Tensor, tied: bool) -> tuple[Tensor, Tensor | None]:
+        """The LM head's weight (vocab, hidden) and its bias (vocab,), or None, where the file has none.
+
+        If tied, the weight is the embedding itself, even where the file repeats it.
+        """
+        name, vocab = self.names["head"], embedding.shape[0]
+        bias = self.vector("head", vocab, suffix="bias") if f"{name}.bias" in self.source.shapes() else None
         if tied:
-            self.unused.pop(f"{self.names['head']}.weight", None)
-            return embedding
-        return self.matrix("head", *embedding.shape)
+            self.unused.pop(f"{name}.weight", None)
+            return embedding, bias
+        return self.matrix("head", *embedding.shape), bias
 
     def finish(self) -> None:
         """Refuse a file with tensors that nothing has read: a result without them would be wrong."""
@@ -129,3 +134,30 @@ class WeightReader:
             raise ModelFileError(self.source.path, f"tensor '{name}' is missing")
         if shape != tuple(wanted):
             raise self.source.error(name, f"expected shape {tuple(wanted)}, got {shape}")
+
+
+def split_pairs(rows: Tensor, headdim: int, rotary_dim: int) -> None:
+    """In place: of each head's first ``rotary_dim`` rows, the even ones first, then the odd ones.
+
+    Args:
+        rows: (heads * headdim, hidden), or a bias (heads * headdim,).
+        headdim: rows per head.
+        rotary_dim: how many of them are rotated.
+    """
+    turned = rows.view(-1, headdim, *rows.shape[1:])[:, :rotary_dim]  # (heads, rotary_dim, ...)
+    turned.copy_(torch.cat((turned[:, ::2], turned[:, 1::2]), dim=1))
+
+
+def ungroup_qkv(rows: Tensor, nheads_k: int, headdim: int) -> Tensor:
+    """All queries, then all keys, then all values, from groups of one KV head's queries, key and value.
+
+    Args:
+        rows: ((nheads + 2 * nheads_k) * headdim, hidden), or a bias.
+        nheads_k: KV heads, the number of groups.
+        headdim: rows per head.
+    """
+    groups = rows.view(
+        nheads_k, -1, headdim, *rows.shape[1:]
+    )  # (nheads_k, nheads / nheads_k + 2, headdim, ...)
+    q, k, v = groups[:, :-2], groups[:, -2], groups[:, -1]  # (nheads_k, ..., headdim, ...)
+    return torch.cat([part.reshape(-1, *rows.shape[1:]) for part in (q, k, v)])  # as rows

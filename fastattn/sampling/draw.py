@@ -9,9 +9,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fastattn import ops
 from fastattn import sampling_checks as checks
 from fastattn.args import LogitBias, SamplingArgs
 from fastattn.backends import resolve
+from fastattn.backends.cpu import plain_sample
 from fastattn.checks import Shapes, check_dtype
 from fastattn.sampling_checks import INT64_MIN
 from fastattn.token_counts import TokenCounts
@@ -95,6 +97,17 @@ def sample(
         TypeError: a wrong dtype.
         NotImplementedError: the forced backend, or every backend, lacks a feature of this call.
     """
+    if plain_sample is not None and backend in ("auto", "cpu") and not ops.is_tracing():
+        seen: Any = token_counts
+        if type(seen) is TokenCounts:
+            seen = (seen.vocab, seen.ids, seen.counts, seen.lengths, seen.unseen)
+        quick = plain_sample(
+            logits, temperature, top_k, top_p, min_p, seeds, 0 if positions is None else positions,
+            repetition_penalty, presence_penalty, frequency_penalty, seen, prompt_mask, logit_bias, allowed,
+            return_logprobs, torch.get_num_threads(),
+        )  # fmt: skip
+        if quick is not None:
+            return SampledTokens(*quick) if return_logprobs else quick
     if type(logits) is not Tensor or logits.dim() != 2:
         Shapes().match("logits", logits, "batch vocab")
     check_dtype("logits", logits, DTYPES)

@@ -8,13 +8,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastattn.args import SamplingArgs
+from fastattn.backends import cpu, resolve
 from fastattn.checks import Shapes, check_dtype
 from fastattn.sampling.draw import DTYPES, sample
 from fastattn.sampling.probs import checked_totals
 from fastattn.sampling.streams import mix64
 from fastattn.sampling_checks import INT64_MIN, integer
 
-# Streams of a row's seed: neither may be the one that `sample` drew the drafted tokens from.
+# Streams of a row's seed, as in csrc/cpu/speculative.h: neither may be the one that `sample` drew the drafted tokens
+# from.
 _COINS, _RESAMPLING = 0x636F696E, 0x72657361
 
 
@@ -62,10 +65,32 @@ def speculative_sample(
             out of range, or one that its draft gives no probability. Names the row and the token's index.
         TypeError: a wrong dtype.
     """
-    batch, n = _check(draft_probs, draft_tokens, target_probs)
-    device = target_probs.device
-    first = torch.as_tensor(integer("positions", positions, target_probs, 0), device=device)
-    seeds = torch.as_tensor(integer("seeds", seeds, target_probs, INT64_MIN), device=device)
+    _check(draft_probs, draft_tokens, target_probs)
+    first = integer("positions", positions, target_probs, 0)
+    seeds = integer("seeds", seeds, target_probs, INT64_MIN)
+    last = SamplingArgs(target_probs[:, -1], 1.0, 0, 1.0, min_p=0.0, seeds=seeds, positions=first)
+    if resolve(backend, last).NAME == cpu.NAME:
+        done = cpu.speculative_sample(draft_probs, draft_tokens, target_probs, seeds, first)
+        if done is not None:
+            return SpeculativeTokens(*done)
+    return _composed(draft_probs, draft_tokens, target_probs, seeds, first, backend)
+
+
+def _composed(
+    draft_probs: Tensor,
+    draft_tokens: Tensor,
+    target_probs: Tensor,
+    seeds: int | Tensor,
+    positions: int | Tensor,
+    backend: str,
+) -> SpeculativeTokens:
+    """The definition, out of two calls of ``sample``: for backends without a kernel of their own, and for errors."""
+    batch, n = draft_tokens.shape
+    device, vocab = target_probs.device, target_probs.shape[2]
+    outside = (draft_tokens < 0) | (draft_tokens >= vocab)
+    _refuse(outside, draft_tokens, f"an id in [0, {vocab})")
+    first = torch.as_tensor(positions, device=device)
+    seeds = torch.as_tensor(seeds, device=device)
     q_total = checked_totals("draft_probs", draft_probs)  # (batch, n)
     p_total = checked_totals("target_probs", target_probs)  # (batch, n + 1)
     drafted = draft_tokens.long()  # (batch, n)
@@ -112,7 +137,7 @@ def _stream(seeds: Tensor, domain: int) -> Tensor:
     return mix64(mix64(seeds) ^ domain)
 
 
-def _check(draft_probs: Tensor, draft_tokens: Tensor, target_probs: Tensor) -> tuple[int, int]:
+def _check(draft_probs: Tensor, draft_tokens: Tensor, target_probs: Tensor) -> None:
     shapes = Shapes()
     shapes.match("draft_probs", draft_probs, "batch n vocab")
     shapes.match("draft_tokens", draft_tokens, "batch n")
@@ -128,9 +153,6 @@ def _check(draft_probs: Tensor, draft_tokens: Tensor, target_probs: Tensor) -> t
             )
     if vocab == 0:
         raise ValueError(f"target_probs: expected at least one column, got {tuple(target_probs.shape)}")
-    outside = (draft_tokens < 0) | (draft_tokens >= vocab)
-    _refuse(outside, draft_tokens, f"an id in [0, {vocab})")
-    return batch, n
 
 
 def _refuse(wrong: Tensor, tokens: Tensor, expected: str) -> None:

@@ -45,6 +45,8 @@ FAULTS = (
 )  # fmt: skip  # tests/simt/fibers.h, Fault
 _NUMBERS = itertools.count()
 HEADDIMS = (32, 64, 96, 128, 192, 256)  # csrc/cuda/launch.cu
+UNITS_OF_HEADDIM = ("forward", "backward")
+UNITS = (*UNITS_OF_HEADDIM, "launch", "sampling")
 LANDINGS = {"at wait": 0, "at issue": 1, "between": 2}
 
 
@@ -59,35 +61,36 @@ def compile_bindings(folder: Path) -> Path:
     return target
 
 
-def build(
+def compile_units(
     folder: Path,
-    bindings: Path,
     csrc: Path = CSRC,
     headdims: tuple[int, ...] = HEADDIMS,
     flags: tuple[str, ...] = (),
-    reuse: tuple[Path, frozenset[str]] | None = None,
-) -> Path:
-    """The module's path, in ``folder``. ``csrc`` may be a changed copy; two compilers run at once.
-
-    reuse: the folder of another build, and the units that are compiled anew nevertheless.
-    """
+    units: tuple[str, ...] = UNITS,
+) -> dict[str, Path]:
+    """The object files of csrc/cuda by name, two compilers at once. ``csrc`` may be a changed copy."""
     compiler = ["g++", *FLAGS, *flags, f"-I{csrc}", f"-I{HERE}", "-x", "c++", "-c"]
-    listed = ",".join(map(str, headdims))
-    forward = str(csrc / "cuda" / "forward.cu")
-    units = {str(d): [f"-DFASTATTN_HEADDIM={d}", forward] for d in headdims}
-    units["launch"] = [f"-DFASTATTN_CUDA_HEADDIMS={listed}", str(HERE / "emulated.cpp")]
-    units["sampling"] = [str(csrc / "cuda" / "sampling.cu")]
-    kept_from, anew = (folder, frozenset(units)) if reuse is None else reuse
-    objects = {name: (folder if name in anew else kept_from) / f"{name}.o" for name in units}
-
-    def compile_unit(name: str) -> None:
-        subprocess.run([*compiler, *units[name], "-o", str(objects[name])], check=True)
-
+    commands = {
+        f"{unit}{d}": [*compiler, f"-DFASTATTN_HEADDIM={d}", str(csrc / "cuda" / f"{unit}.cu")]
+        for d in headdims
+        for unit in units
+        if unit in UNITS_OF_HEADDIM
+    }
+    if "launch" in units:
+        listed = ",".join(map(str, headdims))
+        commands["launch"] = [*compiler, f"-DFASTATTN_CUDA_HEADDIMS={listed}", str(HERE / "emulated.cpp")]
+    if "sampling" in units:
+        commands["sampling"] = [*compiler, str(csrc / "cuda" / "sampling.cu")]
+    objects = {name: folder / f"{name}.o" for name in commands}
     with ThreadPoolExecutor(2) as pool:
-        list(pool.map(compile_unit, (name for name in units if name in anew)))
+        list(pool.map(lambda x: subprocess.run([*x[1], "-o", objects[x[0]]], check=True), commands.items()))
+    return objects
+
+
+def link(folder: Path, bindings: Path, objects: dict[str, Path], flags: tuple[str, ...] = ()) -> Path:
+    """The module's path, in ``folder``."""
     module = folder / "_cuda.so"
-    linked = [str(bindings), *map(str, objects.values())]
-    subprocess.run(["g++", *flags, "-shared", *linked, "-o", str(module)], check=True)
+    subprocess.run(["g++", *flags, "-shared", bindings, *objects.values(), "-o", module], check=True)
     return module
 
 
@@ -119,6 +122,21 @@ class Emulator:
         with self._in_place(args):
             return cuda.attention(args)
 
+    def attention_backward(
+        self,
+        args: AttentionArgs,
+        out: Tensor,
+        lse: Tensor,
+        dout: Tensor,
+        dlse: Tensor | None = None,
+        seed: int = 1,
+        landing: str = "between",
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+        """``cuda.attention_backward`` with the bias' gradient where there is a bias, one run."""
+        self.reset(seed, landing)
+        with self._in_place(args, given=(out, lse, dout, *(() if dlse is None else (dlse,)))):
+            return cuda.attention_backward(args, out, lse, dout, dlse, needs_dbias=args.attn_bias is not None)
+
     def append_kv(self, args: KVAppendArgs, seed: int = 1) -> tuple[Tensor, Tensor]:
         """``cuda.append_kv``, one run; the caches may be written."""
         self.reset(seed, "between")
@@ -138,10 +156,13 @@ class Emulator:
             return cuda.survivors(args)
 
     @contextlib.contextmanager
-    def _in_place(self, args: Any, written: tuple[str, ...] = ()) -> Iterator[None]:
+    def _in_place(
+        self, args: Any, written: tuple[str, ...] = (), given: tuple[Tensor, ...] = ()
+    ) -> Iterator[None]:
         names = getattr(args, "_fields", args.__slots__)
         inputs = {name: x for name in names if isinstance(x := getattr(args, name), Tensor)}
         readonly = {x.data_ptr() for name, x in inputs.items() if name not in written}
+        readonly |= {x.data_ptr() for x in given}
         known: set[int] = set()
 
         def address(x: Tensor | None) -> int:

@@ -23,6 +23,14 @@ class Gpu:
         out, lse = cuda.attention(_moved(args))
         return out.cpu(), None if lse is None else lse.cpu()
 
+    def attention_backward(
+        self, args: AttentionArgs, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None = None,
+        seed: int = 1, landing: str = "between",
+    ) -> tuple[Tensor | None, ...]:  # fmt: skip
+        given = [None if x is None else x.cuda() for x in (out, lse, dout, dlse)]
+        grads = cuda.attention_backward(_moved(args), *given, needs_dbias=args.attn_bias is not None)  # type: ignore[arg-type]
+        return tuple(None if x is None else x.cpu() for x in grads)
+
     def append_kv(self, args: KVAppendArgs, seed: int = 1) -> tuple[Tensor, Tensor]:
         moved = _moved(args)
         q, seqlens = cuda.append_kv(moved)

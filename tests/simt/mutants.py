@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import shutil
 import sys
@@ -24,14 +25,7 @@ class Mutant:
 
     name: str
     edits: tuple[tuple[str, str, str], ...]  # (file, old, new)
-
-    @property
-    def family(self) -> str:
-        """Which kernels it is in: a key of FAMILIES."""
-        file = self.edits[0][0]
-        if file.startswith("sampling"):
-            return "sampling"
-        return {"kv_append.cuh": "append", "products_f32.cuh": "products_f32"}.get(file, "attention")
+    family: str  # of the kernels that are built with it and looked at: a key of UNITS_OF
 
     def plant(self, folder: Path) -> Path:
         """A copy of csrc with the bug."""
@@ -47,20 +41,27 @@ class Mutant:
 
 def mutant(name: str, *edits: str) -> Mutant:
     """Edits as file, old, new, file, old, new, ..."""
-    return Mutant(name, tuple(zip(edits[::3], edits[1::3], edits[2::3])))
+    return Mutant(name, tuple(zip(edits[::3], edits[1::3], edits[2::3])), FAMILY_OF.get(edits[0], "forward"))
+
+
+def backward(name: str, *edits: str) -> Mutant:
+    """Edits of attention_bwd.cuh as old, new, old, new, ..."""
+    return Mutant(name, tuple((BACKWARD, old, new) for old, new in zip(edits[::2], edits[1::2])), "backward")
 
 
 # The units of the emulator's build that hold a family's kernels.
-FAMILIES = {
-    "attention": frozenset({"64", "launch"}),
-    "products_f32": frozenset({"64"}),
-    "append": frozenset({"launch"}),
-    "sampling": frozenset({"sampling"}),
+UNITS_OF = {
+    "forward": ("forward", "launch"),
+    "products_f32": ("forward",),
+    "append": ("launch",),
+    "sampling": ("sampling",),
+    "backward": ("backward",),
 }
-FORWARD, COPY, SEQUENCE, MODIFIERS, APPEND, SAMPLING, REDUCE, F32 = (
-    "attention_fwd.cuh", "tile_copy.cuh", "sequence.cuh", "score_modifiers.cuh", "kv_append.cuh", "sampling.cuh",
-    "sampling_reduce.cuh", "products_f32.cuh",
+FORWARD, BACKWARD, PRODUCTS, COPY, SEQUENCE, MODIFIERS, APPEND, SAMPLING, REDUCE, F32 = (
+    "attention_fwd.cuh", "attention_bwd.cuh", "products.cuh", "tile_copy.cuh", "sequence.cuh", "score_modifiers.cuh",
+    "kv_append.cuh", "sampling.cuh", "sampling_reduce.cuh", "products_f32.cuh",
 )  # fmt: skip
+FAMILY_OF = {APPEND: "append", SAMPLING: "sampling", REDUCE: "sampling", F32: "products_f32"}
 ARRIVE = """    cp_async_wait<Traits::kStages - 2>();
     block_barrier();
     const int next = tile - (Traits::kStages - 1);
@@ -84,9 +85,9 @@ MUTANTS = [
         "barrier under a tile condition of one warp",
         FORWARD, ARRIVE, ARRIVE.replace("block_barrier()", "if (thread_index() >= 32 || tile > first_tile_) block_barrier()"),
     ),
-    mutant("swapped fragments of V", FORWARD, "mma_16816<T>(out_[m][2 * n + 1], a[m], b[2], b[3])",
-           "mma_16816<T>(out_[m][2 * n + 1], a[m], b[3], b[2])"),
-    mutant("V read as K is", FORWARD, "ldmatrix_x4_trans(b,", "ldmatrix_x4(b,"),
+    mutant("swapped fragments of V", PRODUCTS, "mma_16816<T>(out[m][2 * n + 1], a[m], b[2], b[3])",
+           "mma_16816<T>(out[m][2 * n + 1], a[m], b[3], b[2])"),
+    mutant("V read as K is", PRODUCTS, "ldmatrix_x4_trans(b,", "ldmatrix_x4(b,"),
     mutant("accumulator not scaled down", FORWARD, "          out_[m][n][2 * half] *= shrink;\n", ""),
     mutant("stale maximum", FORWARD, "fused_multiply_add(top_[m][half], scale_, -base)",
            "fused_multiply_add(top, scale_, -base)"),
@@ -98,19 +99,16 @@ MUTANTS = [
            "open_last = (open_end + kKeys - 1) / kKeys"),
     mutant("a tile at the window's left counts as open", FORWARD, "(open_begin + kKeys - 1) / kKeys", "open_begin / kKeys"),
     mutant("last tile skipped", FORWARD, "first_tile_ = range_.begin / kKeys", "first_tile_ = (range_.begin + 1) / kKeys"),
-    mutant("no warp barrier before out is read back", FORWARD, "    warp_barrier();\n    constexpr int kRowsAtOnce",
-           "    constexpr int kRowsAtOnce"),
-    mutant("rows beyond the sequence are written", FORWARD, "if (exists && chunk < p_.headdim_v / 8)",
-           "if (chunk < p_.headdim_v / 8)", FORWARD, "sequence_.query(exists ? row : 0),\n", "sequence_.query(row),\n",
-           FORWARD, "sequence_.head(exists ? row : 0));", "sequence_.head(row));"),
+    mutant("no warp barrier before out is read back", PRODUCTS, "  warp_barrier();\n  constexpr int kLinesAtOnce",
+           "  constexpr int kLinesAtOnce"),
+    mutant("rows beyond the sequence are written", FORWARD, "return row < sequence_.rows() ?", "return row < 1 << 30 ?"),
     mutant("sink in every split", FORWARD, "if (!is_split() && p_.sinks && exists)", "if (p_.sinks && exists)"),
     mutant("off by one at the end of a split", FORWARD, "split_begin_ + keys);\n", "split_begin_ + keys - 1);\n"),
     mutant("last split not combined", "combine.cuh", "splits = split_count(sequence.seqlen_k)",
            "splits = at_least(1, split_count(sequence.seqlen_k) - 1)"),
     mutant("keys beyond the sequence are copied", COPY, "const bool exists = !edge || key + row_ + r < seqlen_k",
            "const bool exists = true"),
-    mutant("queries beyond the sequence are copied", COPY, "const bool exists = first + row + r < sequence.rows()",
-           "const bool exists = true"),
+    mutant("queries beyond the sequence are copied", COPY, "exists = first + line < sequence.rows()", "exists = true"),
     mutant("columns past headdim not zeroed", COPY, "        cp_async16(tile + column_target(c)",
            "        if (chunk_ + c * Traits::kRowLanes < chunks_) cp_async16(tile + column_target(c)"),
     mutant("the page of the token before", COPY, "page = token / page_size;", "page = (token ? token - 1 : 0) / page_size;"),
@@ -123,15 +121,14 @@ MUTANTS = [
     mutant("window edge off by one", SEQUENCE, "place(i) - left));", "place(i) - left + 1));"),
     mutant("causal mask aligned top left", SEQUENCE, "return query + seqlen_k - seqlen_q", "return query"),
     mutant("every head of a group reads as the first", SEQUENCE, "(group == 1 ? 0 : row % group)", "0"),
-    mutant("bias in natural units", MODIFIERS, "maximum(kLowestFloat, bias * log2e)", "bias"),
-    mutant("ALiBi without its sign", MODIFIERS, "s -= slope * absolute(", "s -= slope * ("),
-    mutant("softcap after the bias", MODIFIERS, "1 + exp2_approx(s * to_exponent)", "1 + exp2_approx(s * to_exponent / 2)"),
+    mutant("bias in natural units", MODIFIERS, "maximum(kLowestFloat, bias * kLog2eFloat)", "bias"),
+    mutant("ALiBi without its sign", MODIFIERS, "s -= slope_ * absolute(", "s -= slope_ * ("),
+    mutant("softcap after the bias", MODIFIERS, "1 + exp2_approx(s * to_exponent_)", "1 + exp2_approx(s * to_exponent_ / 2)"),
     mutant("mask inverted", MODIFIERS, "!load_global(score_line<uint8_t>", "load_global(score_line<uint8_t>"),
     mutant("dropout words of the other row", MODIFIERS, "odd ? mine.word[e] : mine.word[2 + e]",
            "odd ? mine.word[2 + e] : mine.word[e]"),
     mutant("dropout in the denominator", FORWARD, "    soften<may_mask>(scores);\n",
-           "    if constexpr (Policy::kDropout) drop_probabilities<Traits>(scores, p_, sequence_, at);\n"
-           "    soften<may_mask>(scores);\n"),
+           "    if constexpr (Policy::kDropout) drop(scores, at);\n    soften<may_mask>(scores);\n"),
     mutant("rotary turns the wrong way", APPEND, "second ? partner * sin", "second ? -partner * sin"),
     mutant("rotary position counts the left padding", APPEND, "position = end - first +", "position = end +"),
     mutant("appended one place late", APPEND, "end + row, head)", "end + row + 1, head)"),
@@ -217,6 +214,33 @@ MUTANTS = [
     mutant("infinity taken for a logit", SAMPLING, "found[3] |= x[i] != x[i] ? 1u : 2u;", "found[3] |= x[i] != x[i] ? 1u : 0u;"),
     mutant("greedy rows are drawn", SAMPLING, "temperature_ == 0.0 || top_k == 1", "top_k == 1"),
     mutant("kept bytes past the row", SAMPLING, "if (id + 32 * i < p_.vocab) {", "{"),
+
+    backward("no barrier after a tile's wait", "    block_barrier();\n", ""),
+    backward("gradients: waits for a group too few", "cp_async_wait<Traits::kStages - 2>()", "cp_async_wait<Traits::kStages - 1>()"),
+    backward("gradients: the next tile overwrites this one", "send(stage == 0 ? Traits::kStages - 1 : stage - 1, next)",
+             "send(stage, next)"),
+    backward("statistics land after the barrier", "    land(stage);\n", "",
+             "    step(stage, i);\n", "    land(stage);\n    step(stage, i);\n"),
+    backward("statistics of the tile before", "this->statistics(stage) + static_cast<uint32_t>(at.row(r)",
+             "this->statistics(1 - stage) + static_cast<uint32_t>(at.row(r)"),
+    backward("gradients: swapped fragments of a key", "mma_16816<T>(scores[0][2 * n + 1], a, b[2], b[3])",
+             "mma_16816<T>(scores[0][2 * n + 1], a, b[3], b[2])"),
+    backward("delta forgotten", "d) - statistics.y)", "d))"),
+    backward("dlse forgotten", "if (call.dlse) sum -=", "if (false) sum -="),
+    backward("dK unscaled", "p_.headdim, static_cast<float>(p_.softmax_scale));", "p_.headdim, 1.0f);"),
+    backward("dQ unscaled", "*= static_cast<float>(p_.softmax_scale)", "*= 1.0f"),
+    backward("dV not scaled for dropout", "Policy::kDropout ? dropout_scale(p_.dropout_p) : 1.0f);\n  }", "1.0f);\n  }"),
+    backward("dropped probabilities reach dV", "s = kept_share == 0 ? 0.0f : s;", "(void)kept_share;"),
+    backward("the softcap's slope forgotten", "d = ds * slope;", "d = ds;"),
+    backward("a boundary tile of keys counts as open", "open_last = range.open_end / kKeys",
+             "open_last = (range.open_end + kKeys - 1) / kKeys"),
+    backward("a boundary tile of rows counts as open", "first_row < range.open_begin ||", "first_row + 8 < range.open_begin ||"),
+    backward("the last tile of rows skipped", "(range.end - range.begin + kRows - 1) / kRows,", "(range.end - range.begin) / kRows,"),
+    backward("gradients of keys beyond the sequence are written", "return key < sequence_.seqlen_k\n", "return key < 1 << 30\n"),
+    backward("statistics of rows beyond the sequence are read", "if (row >= sequence_.rows()) return {kInfinity, 0.0f};\n", ""),
+    backward("a row that sees nothing is not guarded", "{lse == -kInfinity ? kInfinity : lse", "{false ? kInfinity : lse"),
+    Mutant("rows of a window's keys off by one", ((SEQUENCE, "row(sees(last) + left + 1)", "row(sees(last) + left)"),), "backward"),
+    Mutant("dropout words of the other key", ((MODIFIERS, "const int wanted = mine ^ other;", "const int wanted = other;"),), "backward"),
 ]  # fmt: skip
 
 # One of each kind, which every run plants; the others are marked slow.
@@ -230,7 +254,33 @@ CORE = {
     "barrier of the first warp's threads", "low words that wrap carry nothing", "the target itself is above",
     "the larger id among equals", "reads past the row", "mass of what top_k dropped",
     "values of keys in the lanes' order",
+    "no barrier after a tile's wait", "gradients: the next tile overwrites this one", "statistics land after the barrier",
+    "gradients: swapped fragments of a key", "delta forgotten", "dK unscaled", "dropped probabilities reach dV",
+    "a boundary tile of keys counts as open", "a boundary tile of rows counts as open", "the last tile of rows skipped",
+    "gradients of keys beyond the sequence are written", "dropout words of the other key",
 }  # fmt: skip
+
+
+def witnesses(family: str, bindings: Path, folder: Path, bug: Mutant | None = None) -> list[str]:
+    """The checks of a family that see something wrong, in the order of their names."""
+    from simt.emulator import CSRC, Emulator, compile_units, link
+    from simt.probes import PROBES
+
+    objects = dict(healthy_units(bindings))
+    if bug is not None or family == "products_f32":
+        csrc = CSRC if bug is None else bug.plant(folder)
+        objects |= compile_units(folder, csrc, (64,), _flags(family), UNITS_OF[family])
+    return sorted(PROBES[family](Emulator(link(folder, bindings, objects))))
+
+
+@functools.cache
+def healthy_units(bindings: Path) -> dict[str, Path]:
+    """The object files without a bug, which stand beside those with one."""
+    from simt.emulator import compile_units
+
+    folder = bindings.parent / "healthy"
+    folder.mkdir()
+    return compile_units(folder, headdims=(64,), flags=_flags("forward"))
 
 
 def _flags(family: str) -> tuple[str, ...]:
@@ -240,50 +290,29 @@ def _flags(family: str) -> tuple[str, ...]:
     return ("-O1", "-w", "-DFASTATTN_CUDA_TYPES=f16_t")
 
 
-def build_without_bugs(bindings: Path, folder: Path, family: str = "attention") -> Path:
-    """The module that mutants share their untouched units with."""
-    from simt.emulator import build
-
-    return build(folder, bindings, headdims=(64,), flags=_flags(family))
-
-
-def witnesses(mutant: Mutant, bindings: Path, folder: Path, sound: Path) -> list[str]:
-    """The checks that see something wrong, in the order of their names. ``sound``: the folder of a build without bugs."""
-    from simt.emulator import Emulator, build
-    from simt.probes import complaints
-
-    reuse = (sound, FAMILIES[mutant.family])
-    module = build(
-        folder, bindings, mutant.plant(folder), headdims=(64,), flags=_flags(mutant.family), reuse=reuse
-    )
-    return sorted(complaints(Emulator(module), mutant.family))
-
-
 def main() -> None:
     """The table: printed, and saved if asked."""
-    from simt.emulator import Emulator, compile_bindings
-    from simt.probes import complaints
+    from simt.emulator import compile_bindings
 
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--save", action="store_true")
-    parser.add_argument("--family", choices=[*FAMILIES], help="of the others only those that are new")
+    parser.add_argument("--family", choices=[*UNITS_OF], help="of the others only those that are new")
     options = parser.parse_args()
     known = json.loads(TABLE.read_text()) if options.family else {}
     table = {}
     with tempfile.TemporaryDirectory() as name:
         bindings = compile_bindings(Path(name))
-        build_without_bugs(bindings, Path(name))
-        for family in [options.family] if options.family else FAMILIES:
+        for family in [options.family] if options.family else UNITS_OF:
             folder = Path(name) / family
             folder.mkdir()
-            assert complaints(Emulator(build_without_bugs(bindings, folder, family)), family) == set(), family
+            assert witnesses(family, bindings, folder) == [], family
         for number, bug in enumerate(MUTANTS):
             if bug.name in known and bug.family != options.family:
                 table[bug.name] = known[bug.name]
                 continue
             folder = Path(name) / str(number)
             folder.mkdir()
-            table[bug.name] = witnesses(bug, bindings, folder, Path(name))
+            table[bug.name] = witnesses(bug.family, bindings, folder, bug)
             print(f"{bug.name}: {', '.join(table[bug.name]) or 'SURVIVED'}", flush=True)
     if options.save:
         TABLE.write_text(json.dumps(table, indent=1) + "\n")

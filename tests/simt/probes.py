@@ -74,17 +74,18 @@ def _calls(dtype: torch.dtype) -> Iterator[tuple[AttentionArgs, Tensor, Tensor]]
     yield dropped, out.double(), lse.double()
 
 
-def complaints(emulator: Emulator, family: str) -> set[str]:
+def forward_complaints(emulator: Emulator) -> set[str]:
     """The names of the checks that fail: "values", "bank conflicts", "schedule", or a fault's."""
-    torch.manual_seed(0)
-    if family == "sampling":
-        return _sampling_complaints(emulator)
-    if family == "append":
-        return _append_complaints(emulator)
-    return _attention_complaints(emulator, torch.float32 if family == "products_f32" else HALF)
+    return _attention_complaints(emulator, HALF)
+
+
+def float_complaints(emulator: Emulator) -> set[str]:
+    """As above, in float32."""
+    return _attention_complaints(emulator, torch.float32)
 
 
 def _attention_complaints(emulator: Emulator, dtype: torch.dtype) -> set[str]:
+    torch.manual_seed(0)
     seen: set[str] = set()
     tolerance = 4e-3 if dtype == HALF else 2e-5
     calls = _calls(dtype) if dtype == HALF else islice(_calls(dtype), 2)  # all else is the 16-bit kernel's
@@ -125,7 +126,9 @@ def _appends() -> Iterator[dict[str, Tensor | bool]]:
     yield lengths
 
 
-def _append_complaints(emulator: Emulator) -> set[str]:
+def append_complaints(emulator: Emulator) -> set[str]:
+    """As above."""
+    torch.manual_seed(0)
     seen: set[str] = set()
     for call in _appends():
         room = (8, 16) if "block_table" in call else (2, 53)
@@ -176,7 +179,9 @@ def _draws() -> Iterator[SamplingArgs]:
     yield sampling_args(wide, seeds=steps[1:3], temperature=2.0)
 
 
-def _sampling_complaints(emulator: Emulator) -> set[str]:
+def sampling_complaints(emulator: Emulator) -> set[str]:
+    """As above; the truth is the CPU's tokens."""
+    torch.manual_seed(0)
     seen: set[str] = set()
     for args in _draws():
         tokens = [emulator.sample(args, seed) for seed in (0, 1)]
@@ -202,5 +207,53 @@ def _sampling_complaints(emulator: Emulator) -> set[str]:
     return seen | set(emulator.faults())
 
 
+def backward_complaints(emulator: Emulator) -> set[str]:
+    """As above; the truth is the CPU's kernels on the same numbers in float64."""
+    torch.manual_seed(0)
+    seen: set[str] = set()
+    dropout = {"dropout_p": 0.5, "rng_state": torch.tensor([5, 6])}
+    packed = torch.tensor([0, 30, 130], dtype=torch.int32)
+    for seqlen_q, seqlen_k, nheads, call in (
+        (131, 197, 2, {"causal": True}),
+        (201, 201, 1, {"window_size": (45, 20)}),
+        (80, 70, 2, {"causal": True}),
+        (40, 97, 2, {"softcap": 3.0, "attn_bias": torch.randn(1, 2, 40, 97), "sinks": torch.randn(2)}),
+        (70, 64, 2, dropout),
+        (130, 130, 1, {"cu_seqlens_q": packed, "cu_seqlens_k": packed, "max_seqlen_q": 100, "max_seqlen_k": 100}),
+    ):  # fmt: skip
+        q, k, v = _tensors(HALF, 1, seqlen_q, seqlen_k, nheads, 1, 64)
+        wide = _args(q.double(), k.double(), v.double(), **call)
+        out64, lse64 = cpu.attention(wide)
+        assert lse64 is not None
+        dout, dlse = torch.randn(q.shape).to(HALF), torch.randn(lse64.shape)
+        truth = cpu.attention_backward(
+            wide, out64, lse64, dout.double(), dlse.double(), needs_dbias="attn_bias" in call
+        )
+        results = []
+        for seed, landing in ((0, "at issue"), (1, "at wait"), (2, "between")):
+            grads = emulator.attention_backward(
+                _args(q, k, v, **call), out64.to(HALF), lse64.float(), dout, dlse, seed, landing
+            )
+            results.append([x for x in grads if x is not None])
+            seen |= set(emulator.faults())
+            if emulator.bank_factor() > 1:
+                seen.add("bank conflicts")
+            wanted = [x for x in truth if x is not None]
+            if not all(_close(a, b.double(), 2e-2) for a, b in zip(results[-1], wanted, strict=True)):
+                seen.add("values")
+        if not all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other)):
+            seen.add("schedule")
+    return seen
+
+
 def _close(found: Tensor, truth: Tensor, tolerance: float) -> bool:
     return torch.allclose(found.double(), truth, rtol=tolerance, atol=tolerance)
+
+
+PROBES = {
+    "forward": forward_complaints,
+    "products_f32": float_complaints,
+    "append": append_complaints,
+    "sampling": sampling_complaints,
+    "backward": backward_complaints,
+}

@@ -126,6 +126,16 @@ inline void store_shared4(uint32_t address, uint32_t value, simt::Site site = si
   simt::banks.access(site, address, 4);
   simt::shared.write(address, &value, 4, site);
 }
+inline Float2 load_shared_pair(uint32_t address, simt::Site site = simt::here()) {
+  Float2 pair;
+  simt::banks.access(site, address, 8);
+  simt::shared.read(address, &pair, 8, site);
+  return pair;
+}
+inline void store_shared_pair(uint32_t address, Float2 pair, simt::Site site = simt::here()) {
+  simt::banks.access(site, address, 8);
+  simt::shared.write(address, &pair, 8, site);
+}
 
 inline void store_shared8(uint32_t address, uint64_t value, simt::Site site = simt::here()) {
   simt::banks.access(site, address, 8);

@@ -45,6 +45,9 @@ struct VecAvx2 {
     memcpy(padded, p, static_cast<size_t>(n) * sizeof(T));
     return load(padded);
   }
+  static VecAvx2 gather(const float* p, const int32_t* i) {  // p[i[lane]]
+    return {_mm256_setr_ps(p[i[0]], p[i[1]], p[i[2]], p[i[3]], p[i[4]], p[i[5]], p[i[6]], p[i[7]])};
+  }
   // The even and the odd halves of 2 * kLanes bf16, held as pairs in 32-bit words.
   static VecAvx2 even_bf16(VecAvx2 words) {
     return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(words.r), 16))};
@@ -108,6 +111,7 @@ struct VecAvx2 {
   static VecAvx2 from_int(U32 x) { return {_mm256_cvtepi32_ps(reinterpret_cast<__m256i>(x))}; }  // signed
   friend F64 widen_low(VecAvx2 v) { return _mm256_cvtps_pd(_mm256_castps256_ps128(v.r)); }
   friend F64 widen_high(VecAvx2 v) { return _mm256_cvtps_pd(_mm256_extractf128_ps(v.r, 1)); }
+  static F64 widen(const int32_t* p) { return _mm256_cvtepi32_pd(_mm_loadu_si128((const __m128i*)p)); }
   static F64 max_f64(F64 a, F64 b) { return _mm256_max_pd(a, b); }
   static U64 mul_low32(U64 a, U64 b) {  // the full products of the low halves
     return reinterpret_cast<U64>(_mm256_mul_epu32(reinterpret_cast<__m256i>(a), reinterpret_cast<__m256i>(b)));

@@ -50,6 +50,10 @@ struct VecNeon {
     memcpy(padded, p, static_cast<size_t>(n) * sizeof(T));
     return load(padded);
   }
+  static VecNeon gather(const float* p, const int32_t* i) {  // p[i[lane]]
+    const float v[4] = {p[i[0]], p[i[1]], p[i[2]], p[i[3]]};
+    return load(v);
+  }
   // The even and the odd halves of 2 * kLanes bf16, held as pairs in 32-bit words.
   static VecNeon even_bf16(VecNeon words) {
     return {vreinterpretq_f32_u32(vshlq_n_u32(vreinterpretq_u32_f32(words.r), 16))};
@@ -118,6 +122,7 @@ struct VecNeon {
   static VecNeon from_int(U32 x) { return {vcvtq_f32_s32(reinterpret_cast<int32x4_t>(x))}; }  // signed
   friend F64 widen_low(VecNeon v) { return reinterpret_cast<F64>(vcvt_f64_f32(vget_low_f32(v.r))); }
   friend F64 widen_high(VecNeon v) { return reinterpret_cast<F64>(vcvt_high_f64_f32(v.r)); }
+  static F64 widen(const int32_t* p) { return F64{static_cast<double>(p[0]), static_cast<double>(p[1])}; }
   static F64 max_f64(F64 a, F64 b) { return a > b ? a : b; }
   static U64 mul_low32(U64 a, U64 b) {  // the full products of the low halves
     const uint32x2_t x = vmovn_u64(reinterpret_cast<uint64x2_t>(a)), y = vmovn_u64(reinterpret_cast<uint64x2_t>(b));

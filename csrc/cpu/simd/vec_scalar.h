@@ -109,6 +109,9 @@ struct VecScalar {
     for (int i = 0; i < n; ++i) v.r[i] = to_float(p[i]);
     return v;
   }
+  static VecScalar gather(const float* p, const int32_t* i) {  // p[i[lane]]
+    return {Reg{p[i[0]], p[i[1]], p[i[2]], p[i[3]]}};
+  }
   // The even and the odd halves of 2 * kLanes bf16, held as pairs in 32-bit words.
   static VecScalar even_bf16(VecScalar words) { return {reinterpret_cast<Reg>(reinterpret_cast<Int>(words.r) << 16)}; }
   static VecScalar odd_bf16(VecScalar words) {
@@ -176,6 +179,7 @@ struct VecScalar {
   static VecScalar from_int(U32 x) { return {__builtin_convertvector(reinterpret_cast<Int>(x), Reg)}; }  // signed
   friend F64 widen_low(VecScalar v) { return F64{v.r[0], v.r[1]}; }
   friend F64 widen_high(VecScalar v) { return F64{v.r[2], v.r[3]}; }
+  static F64 widen(const int32_t* p) { return F64{static_cast<double>(p[0]), static_cast<double>(p[1])}; }
   static F64 max_f64(F64 a, F64 b) { return a > b ? a : b; }
   static U64 mul_low32(U64 a, U64 b) { return (a & 0xffffffffu) * (b & 0xffffffffu); }  // products of the low halves
   static U64 even_pairs(U64 a, U64 b) { return U64{a[0], b[0]}; }                       // a0 b0

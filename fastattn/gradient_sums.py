@@ -1,4 +1,4 @@
-"""The parts of the CPU backend's backward pass that are no kernels: O(seqlen) sums around it."""
+"""The parts of a backward pass that are no kernels: sums around them."""
 
 from __future__ import annotations
 

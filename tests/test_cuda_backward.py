@@ -1,0 +1,156 @@
+"""The gradients of the CUDA attention kernels on the CPU kernels' feature table, against float64: emulated, and on a GPU."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from pairs import all_pairs
+from test_cuda_attention import AXES, NOTHING, plain_args, tensors
+from test_features import build, by_hand, close_enough, gradients, widened
+
+from fastattn.backends import cpu
+
+CASES = all_pairs(
+    AXES
+    | {
+        "lengths": [(1, 1), (1, 97), (97, 97), (70, 133), (133, 70), (5, 0)],
+        "dropout": [0.0, 0.0, 0.3],
+    },
+    lambda case: (
+        case["lengths"][0] * case["lengths"][1] * case["heads"][0] * case["headdim"] <= 97 * 97 * 256
+    ),
+    20261125,
+)
+NAMES = ("q", "k", "v", "attn_bias", "sinks")
+
+
+def run(machine, q, k, v, call, dout, dlse=None, **schedule):
+    """Gradients by name of a clean forward and backward run."""
+    args = plain_args(q, k, v, **call)
+    out, lse = machine.attention(args, **schedule)
+    assert machine.faults() == {}, machine.report()
+    grads = machine.attention_backward(args, out, lse, dout, dlse, **schedule)
+    assert machine.faults() == {}, machine.report()
+    return {name: x for name, x in zip(NAMES, grads, strict=True) if x is not None}
+
+
+def check(machine, q, k, v, call, dout, label, **schedule):
+    call = NOTHING | call
+    truth = gradients(by_hand, q.double(), k.double(), v.double(), widened(call), dout)
+    yardstick = gradients(by_hand, q, k, v, call, dout)
+    found = run(machine, q, k, v, call, dout, **schedule)
+    assert found.keys() == truth.keys()
+    for name, grad in found.items():
+        assert torch.isfinite(grad).all(), f"d{name} {label}"
+        eps = torch.finfo(q.dtype).eps
+        if name != "v" and not truth[name].any():
+            # Rows that see one key: dP and delta cancel but for the output's rounding, which delta starts from.
+            assert (grad.abs() <= 4 * eps * v.shape[3] ** 0.5).all(), f"d{name} {label}"
+        else:
+            close_enough(grad, yardstick[name], truth[name], 3.0, 3e-6, f"d{name} {label}", eps, 8)
+
+
+@pytest.mark.parametrize("number", range(len(CASES)))
+def test_features(machine, number):
+    case = CASES[number]
+    q, k, v, call = build(case)
+    dout = torch.randn(*q.shape[:3], v.shape[3]).to(q.dtype)
+    check(
+        machine,
+        q,
+        k,
+        v,
+        call,
+        dout,
+        f"{case}",
+        seed=number,
+        landing=("at wait", "at issue", "between")[number % 3],
+    )
+
+
+@pytest.mark.parametrize("headdim", [32, 64, 96, 128, 192, 256])
+def test_no_schedule_changes_a_bit(machine, headdim):
+    """At least 3 tiles of keys and of rows; threads and blocks in any order, copies landing at any time."""
+    q, k, v = tensors(torch.bfloat16, 1, 197 if headdim <= 64 else 131, 197, 1, 1, headdim)
+    dout, call = torch.randn_like(q), {"causal": True}
+    expected = run(machine, q, k, v, call, dout, seed=0, landing="at issue")
+    for seed, landing in ((1, "at wait"), (2, "between"), (3, "at wait")):
+        found = run(machine, q, k, v, call, dout, seed=seed, landing=landing)
+        assert all(torch.equal(found[name], expected[name]) for name in expected)
+    check(machine, q, k, v, call, dout, "causal")
+
+
+@pytest.mark.parametrize(
+    "call", [{}, {"causal": True}, {"window_size": (40, 10)}, {"softcap": 5.0, "sinks": True}]
+)
+def test_packed_sequences(machine, call):
+    """Every sequence has the gradients that it has alone."""
+    lengths, nheads = [(70, 70), (1, 130), (0, 5), (33, 0), (90, 80)], 4
+    if "sinks" in call:
+        call = call | {"sinks": torch.randn(nheads)}
+    cu_q, cu_k = (
+        torch.tensor([0, *x], dtype=torch.int32).cumsum(0, dtype=torch.int32) for x in zip(*lengths)
+    )
+    q = torch.randn(1, int(cu_q[-1]), nheads, 64).half()
+    k, v = (torch.randn(1, int(cu_k[-1]), 2, 64).half() for _ in range(2))
+    dout = torch.randn_like(q)
+    packed = {"cu_seqlens_q": cu_q, "cu_seqlens_k": cu_k, "max_seqlen_q": 90, "max_seqlen_k": 130}
+    found = run(machine, q, k, v, call | packed, dout)
+    sinks = torch.zeros(nheads)
+    for b in range(len(lengths)):
+        rows, keys = slice(int(cu_q[b]), int(cu_q[b + 1])), slice(int(cu_k[b]), int(cu_k[b + 1]))
+        if rows.start == rows.stop:
+            assert not found["k"][:, keys].any()
+            continue
+        alone = run(machine, q[:, rows], k[:, keys], v[:, keys], call, dout[:, rows])
+        assert torch.equal(found["q"][:, rows], alone["q"])
+        assert torch.equal(found["k"][:, keys], alone["k"])
+        assert torch.equal(found["v"][:, keys], alone["v"])
+        sinks += alone.get("sinks", 0)
+    if "sinks" in call:
+        torch.testing.assert_close(found["sinks"], sinks)
+
+
+def test_keys_past_their_sequence_have_no_gradient(machine):
+    q, k, v = tensors(torch.float16, 2, 40, 100, 2, 1, 64)
+    lengths, dout = torch.tensor([100, 37], dtype=torch.int32), torch.randn_like(q)
+    found = run(machine, q, k, v, {"seqlens_k": lengths, "causal": True}, dout)
+    alone = run(machine, q[1:], k[1:, :37], v[1:, :37], {"causal": True}, dout[1:])
+    assert torch.equal(found["k"][1, :37], alone["k"][0])
+    assert torch.equal(found["q"][1], alone["q"][0])
+    assert not found["k"][1, 37:].any()
+    assert not found["v"][1, 37:].any()
+
+
+def test_the_gradient_of_lse(machine):
+    """dlse joins delta: the CPU's kernels agree, sinks included."""
+    q, k, v = tensors(torch.float16, 2, 50, 70, 4, 2, 64)
+    args = plain_args(q, k, v, sinks=torch.randn(4))
+    out, lse = cpu.attention(args)
+    dout, dlse = torch.randn_like(out), torch.randn_like(lse)
+    found = machine.attention_backward(args, out, lse, dout, dlse)
+    assert machine.faults() == {}, machine.report()
+    expected = cpu.attention_backward(args, out, lse, dout, dlse, needs_dbias=False)
+    for a, b in zip(found, expected, strict=True):
+        if b is not None:
+            torch.testing.assert_close(a, b, rtol=1e-2, atol=1e-2)
+
+
+def test_no_bank_conflicts(emulator):
+    """Every access site of both kernels, all headdims."""
+    for headdim in (32, 64, 96, 128, 192, 256):
+        q, k, v = tensors(torch.float16, 1, 100, 70, 1, 1, headdim)
+        run(emulator, q, k, v, {}, torch.randn_like(q))
+        table = emulator.bank_table()
+        assert len(table) >= 7, table
+        assert emulator.bank_factor() == 1.0, (headdim, table)
+
+
+def test_hidden_tiles_are_not_multiplied(emulator):
+    """Causal gradients execute the tiles below the diagonal and no others."""
+    q, k, v = tensors(torch.float16, 1, 256, 256, 1, 1, 64)
+    dout = torch.randn_like(q)
+    run(emulator, q, k, v, {}, dout)
+    all_tiles = emulator.mmas()
+    run(emulator, q, k, v, {"causal": True}, dout)
+    assert emulator.mmas() * 16 == all_tiles * 10  # of 4 by 4 tiles
