@@ -1,6 +1,7 @@
 # make demo    set up and let a real model write text        make test    set up and run the tests
 # make lint    ruff, mypy, clang-format                       make bench   the benchmarks, into benchmarks/results/
-# make test-gpu   the CUDA kernels' tests on a GPU      make test-gemma   the real Gemma 3 270M: fetches 250 MB
+# make test-gpu   the CUDA kernels' tests on a GPU      make bench-gpu   its benchmarks
+# make test-gemma   the real Gemma 3 270M: fetches 250 MB
 # make clean   remove what the others made
 PYTHON ?= python3
 VENV ?= .venv
@@ -9,7 +10,7 @@ PIP = $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 SOURCES = $(shell git ls-files csrc '*.cpp' '*.h' CMakeLists.txt setup.py)
 CPP = $(shell git ls-files '*.cpp' '*.h' '*.inc' '*.cu' '*.cuh')
 
-.PHONY: demo test test-gpu test-gemma lint bench clean build
+.PHONY: demo test test-gpu test-gemma lint bench bench-gpu clean build
 .DELETE_ON_ERROR:
 
 demo: build
@@ -48,6 +49,10 @@ bench: build $(VENV)/.test
 	$(BIN)/python benchmarks/bench.py generate --save
 	$(BIN)/python benchmarks/bench.py models --save
 	$(BIN)/python benchmarks/report.py
+
+# Beside torch's attention, and flash-attn's and flashinfer's where they are installed. It says so where there is no GPU.
+bench-gpu: build
+	$(BIN)/python benchmarks/bench_gpu.py --save
 
 build: $(VENV)/.build
 

@@ -22,6 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "gpu_static.json"
 ARCHITECTURES = ("80", "86", "89", "90a", "100a", "120")
 HEADDIMS = (32, 64, 96, 128, 192, 256)
+FLOAT_HEADDIMS = (32, 64, 96, 128)  # csrc/cuda/launch.cuh, kMaxTileHeaddim
 THREADS = 128  # csrc/cuda/traits.cuh, kThreads
 
 
@@ -55,20 +56,25 @@ def find_tool(name: str) -> str | None:
     return None
 
 
-def compile_cubin(
-    architecture: str, headdim: int, dtype: str, folder: Path, unit: str = "forward"
-) -> tuple[Path, str]:
-    """Every kernel of one headdim, dtype and unit, forward or backward; and what ptxas says. Warnings are errors."""
-    target = folder / f"{architecture}_{headdim}_{dtype}_{unit}.cubin"
+def compile_cubin(architecture: str, source: str, flags: tuple[str, ...], folder: Path) -> tuple[Path, str]:
+    """Every kernel of a source; and what ptxas says. Warnings are errors."""
+    target = folder / f"{architecture}_{source}{''.join(flags)}.cubin".replace("=", "_")
     command = [
         find_tool("nvcc") or "nvcc", "-std=c++17", "-O3", f"-arch=sm_{architecture}", "-cubin", f"-I{ROOT / 'csrc'}",
-        f"-DFASTATTN_HEADDIM={headdim}", f"-DFASTATTN_CUDA_TYPES={dtype}_t", "-Werror", "all-warnings",
-        "-Xptxas", "-v", "-o", str(target), str(ROOT / f"csrc/cuda/{unit}.cu"),
+        *flags, "-Werror", "all-warnings", "-Xptxas", "-v", "-o", str(target), str(ROOT / "csrc/cuda" / source),
     ]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"nvcc failed for sm_{architecture}:\n{done.stdout}{done.stderr}")
     return target, done.stderr + done.stdout
+
+
+def attention_flags(headdim: int, dtype: str) -> tuple[str, ...]:
+    """Of forward.cu and backward.cu, for one headdim and dtype."""
+    return (
+        f"-DFASTATTN_HEADDIM={headdim}",
+        f"-DFASTATTN_CUDA_TYPES={dtype if dtype == 'float' else dtype + '_t'}",
+    )
 
 
 def resources(log: str) -> dict[str, dict[str, int]]:
@@ -118,12 +124,14 @@ def main_loop(lines: list[str]) -> list[str]:
 def describe(mangled: str) -> dict[str, Any] | None:
     """Headdim, rows of a tile, policy and shared memory of an attention kernel, from its template arguments."""
     if match := re.search(
-        r"attention_forward.*?6TraitsILi(\d+)ELi(\d+)EE.*?6PolicyILb(\d)ELb(\d)ELb(\d)ELb(\d)EE", mangled
+        r"attention_forward.*?6TraitsILi(\d+)ELi(\d+)ELi(\d+)EE.*?6PolicyILb(\d)ELb(\d)ELb(\d)ELb(\d)EE",
+        mangled,
     ):
-        headdim, row_tiles, *flags = map(int, match.groups())
+        headdim, row_tiles, element_bytes, *flags = map(int, match.groups())
         kernel, names = "forward", ("modifiers", "dropout", "pages", "splits")
-        keys = 64 if headdim <= 64 else 32
-        shared_bytes = (64 * row_tiles + 4 * keys) * headdim * 2  # csrc/cuda/traits.cuh, kSharedBytes
+        keys = 64 if headdim * element_bytes <= 128 else 32
+        # csrc/cuda/traits.cuh, kSharedBytes
+        shared_bytes = (64 * row_tiles + 4 * keys) * headdim * element_bytes
     elif match := re.search(
         r"(query|key)_gradients.*?14BackwardTraitsILi(\d+)EE.*?14BackwardPolicyILb(\d)ELb(\d)ELNS0_9GradientsE(\d)EE",
         mangled,
@@ -149,7 +157,7 @@ def report(
     architecture: str, headdim: int, dtype: str, folder: Path, unit: str = "forward"
 ) -> list[dict[str, Any]]:
     """One row per attention kernel of a unit."""
-    cubin, log = compile_cubin(architecture, headdim, dtype, folder, unit)
+    cubin, log = compile_cubin(architecture, f"{unit}.cu", attention_flags(headdim, dtype), folder)
     disassembler = find_tool("nvdisasm") or "nvdisasm"
     text = subprocess.run([disassembler, "-c", str(cubin)], capture_output=True, text=True, check=True).stdout
     rows = []
@@ -176,6 +184,30 @@ def report(
     return rows
 
 
+DTYPES = {"f": "float", "5f16_t": "f16", "6bf16_t": "bf16"}
+
+
+def sampling_report(architecture: str, folder: Path) -> list[dict[str, Any]]:
+    """One row per sampling kernel, which has no main loop to speak of."""
+    log = compile_cubin(architecture, "sampling.cu", ("-fmad=false",), folder)[1]
+    rows = []
+    for name, used in resources(log).items():
+        match = re.search(r"sample_rowsI(?:NS_)?(f|5f16_t|6bf16_t)E", name)
+        assert match is not None, name
+        rows.append(
+            {"architecture": f"sm_{architecture}", "kernel": "sample", "dtype": DTYPES[match[1]], **used}
+        )
+    return rows
+
+
+def float_report(architecture: str, headdim: int, folder: Path) -> list[dict[str, Any]]:
+    """One row per attention kernel on float32, which no tensor core helps."""
+    log = compile_cubin(architecture, "forward.cu", attention_flags(headdim, "float"), folder)[1]
+    about = ((describe(name), used) for name, used in resources(log).items())
+    head = {"architecture": f"sm_{architecture}", "dtype": "float"}
+    return [head | known | used for known, used in about if known is not None]
+
+
 # Headdim 64 everywhere; on sm_80 every headdim, and both dtypes, which differ in one instruction's operand.
 TABLE = [
     *(("80", headdim, "f16") for headdim in HEADDIMS),
@@ -188,20 +220,29 @@ def main() -> None:
     """The whole table, printed and saved if asked."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--save", action="store_true")
-    save = parser.parse_args().save
-    rows = []
+    parser.add_argument("--others", action="store_true", help="only the kernels without tensor instructions")
+    options = parser.parse_args()
+    rows, others = [], []
     with tempfile.TemporaryDirectory() as name:
-        for architecture, headdim, dtype in TABLE:
+        for architecture in ARCHITECTURES:
+            others += sampling_report(architecture, Path(name))
+        for headdim in FLOAT_HEADDIMS:
+            others += float_report("80", headdim, Path(name))
+        for row in others:
+            print(*row.values(), flush=True)
+        for architecture, headdim, dtype in () if options.others else TABLE:
             for unit in ("forward", "backward"):
                 for row in report(architecture, headdim, dtype, Path(name), unit):
                     print(*row.values(), flush=True)
                     rows.append(row)
-    if save:
+    if options.others:
+        rows = json.loads(RESULTS.read_text())["kernels"]
+    if options.save:
         version = subprocess.run(
             [find_tool("nvcc") or "nvcc", "--version"], capture_output=True, text=True
         ).stdout
         release = re.search(r"V([\d.]+)", version)
-        table = {"nvcc": release[1] if release else None, "kernels": rows}
+        table = {"nvcc": release[1] if release else None, "kernels": rows, "others": others}
         RESULTS.write_text(json.dumps(table, indent=1) + "\n")
 
 

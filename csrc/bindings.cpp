@@ -106,64 +106,15 @@ void activate(uintptr_t x, int64_t stride_x, uintptr_t out, int64_t tokens, int6
   kernels().activate(p);
 }
 
-// A parameter of sample: a number for all rows, or (address,) of one per row. `number` must outlive the call.
-template <class T>
-PerRow<T> per_row(const py::object& value, T* number) {
-  if (py::isinstance<py::tuple>(value)) return {pointer<const T>(value.cast<py::tuple>()[0].cast<uintptr_t>()), 1};
-  *number = value.cast<T>();
-  return {number, 0};
-}
-
-// (address, row stride); None = none.
-template <class T>
-Rows<T> rows(const py::object& value) {
-  if (value.is_none()) return {};
-  const py::tuple t = value;
-  return {pointer<const T>(item<uintptr_t>(t, 0)), item<int64_t>(t, 1)};
-}
-
-// (repetition, presence, frequency, counts, prompt, seen_ids, seen_counts, seen_n, unseen, bias, bias_ids, bias_values,
-// bias_n, allowed, allowed_bits)
-void fill_edits(const py::tuple& t, double (&numbers)[3], LogitEdits* edits) {
-  edits->repetition = per_row(t[0], &numbers[0]);
-  edits->presence = per_row(t[1], &numbers[1]);
-  edits->frequency = per_row(t[2], &numbers[2]);
-  edits->counts = rows<int32_t>(t[3]);
-  edits->prompt = rows<uint8_t>(t[4]);
-  edits->seen_ids = rows<int32_t>(t[5]);
-  edits->seen_counts = rows<int32_t>(t[6]);
-  edits->seen_n = indices(t, 7);
-  edits->unseen = rows<uint8_t>(t[8]);
-  edits->bias = rows<float>(t[9]);
-  edits->bias_ids = rows<int64_t>(t[10]);
-  edits->bias_values = rows<float>(t[11]);
-  edits->bias_n = item<int64_t>(t, 12);
-  edits->allowed = rows<uint8_t>(t[13]);
-  edits->allowed_bits = rows<uint8_t>(t[14]);
-}
-
 // The first row whose token is a -SamplingError, or -1. logprobs: None, or (how many best, logprobs, best_ids,
 // best_logprobs).
 int64_t sample(uintptr_t logits, int64_t stride_batch, int64_t batch, int64_t vocab, int dtype,
                const py::object& temperature, const py::object& top_k, const py::object& top_p, const py::object& min_p,
                const py::object& seeds, const py::object& positions, const py::object& edits, uintptr_t tokens,
                uintptr_t kept, const py::object& logprobs, int nthreads) {
-  double reals[3], edit_reals[3];
-  int64_t integers[3];
-  SamplingParams p{};
-  LogitEdits all_edits{};
-  p.logits = pointer<const void>(logits);
-  p.stride_batch = stride_batch;
-  p.temperature = per_row(temperature, &reals[0]);
-  p.top_p = per_row(top_p, &reals[1]);
-  p.min_p = per_row(min_p, &reals[2]);
-  p.top_k = per_row(top_k, &integers[0]);
-  p.seeds = per_row(seeds, &integers[1]);
-  p.positions = per_row(positions, &integers[2]);
-  if (!edits.is_none()) {
-    fill_edits(edits, edit_reals, &all_edits);
-    p.edits = &all_edits;
-  }
+  SamplingNumbers numbers;
+  SamplingParams p = sampling_params(logits, stride_batch, batch, vocab, dtype, temperature, top_k, top_p, min_p, seeds,
+                                     positions, edits, &numbers);
   p.tokens = pointer<int64_t>(tokens);
   p.kept = pointer<bool>(kept);
   if (!logprobs.is_none()) {
@@ -173,9 +124,6 @@ int64_t sample(uintptr_t logits, int64_t stride_batch, int64_t batch, int64_t vo
     p.best_ids = pointer<int64_t>(item<uintptr_t>(t, 2));
     p.best_logprobs = pointer<float>(item<uintptr_t>(t, 3));
   }
-  p.batch = batch;
-  p.vocab = vocab;
-  p.dtype = static_cast<DType>(dtype);
   p.nthreads = nthreads;
   py::gil_scoped_release release;
   kernels().sample(p);

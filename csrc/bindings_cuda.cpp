@@ -54,6 +54,29 @@ void append_kv(const py::tuple& call, uintptr_t stream) {
   check("append_kv", error);
 }
 
+py::tuple sampling_plan(int64_t batch, int64_t vocab) {
+  const SamplingPlan plan = plan_sampling(batch, vocab);
+  return py::make_tuple(plan.blocks, plan.board_words);
+}
+
+// tokens or kept is 0: not wanted.
+void sample(uintptr_t logits, int64_t stride_batch, int64_t batch, int64_t vocab, int dtype,
+            const py::object& temperature, const py::object& top_k, const py::object& top_p, const py::object& min_p,
+            const py::object& seeds, const py::object& positions, const py::object& edits, uintptr_t tokens,
+            uintptr_t kept, uintptr_t board, uintptr_t stream) {
+  SamplingNumbers numbers;
+  SamplingParams p = sampling_params(logits, stride_batch, batch, vocab, dtype, temperature, top_k, top_p, min_p, seeds,
+                                     positions, edits, &numbers);
+  p.tokens = pointer<int64_t>(tokens);
+  p.kept = pointer<bool>(kept);
+  int error;
+  {
+    py::gil_scoped_release release;
+    error = cuda_sample(p, plan_sampling(batch, vocab), pointer<uint64_t>(board), pointer<void>(stream));
+  }
+  check("sample", error);
+}
+
 }  // namespace
 }  // namespace fastattn
 
@@ -65,4 +88,6 @@ PYBIND11_MODULE(_cuda, m) {
   m.def("attention_forward", &attention_forward);
   m.def("attention_backward", &attention_backward);
   m.def("append_kv", &append_kv);
+  m.def("plan_sampling", &sampling_plan, "(blocks a row, board words) of batch rows of vocab logits.");
+  m.def("sample", &sample);
 }

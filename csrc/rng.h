@@ -37,10 +37,14 @@ constexpr uint32_t kTokenDomain = 0x746f6b6eu;  // "tokn"
 // A group is every fourth of 256 neighbours: its largest logit comes out of vectors of any length without a shuffle.
 constexpr int kNoiseGroup = 64, kNoiseBlock = 256, kNoiseGroups = kNoiseBlock / kNoiseGroup;
 
-inline uint32_t noise_group(uint32_t id) { return id / kNoiseBlock * kNoiseGroups + id % kNoiseGroups; }
+FASTATTN_HOST_DEVICE inline uint32_t noise_group(uint32_t id) {
+  return id / kNoiseBlock * kNoiseGroups + id % kNoiseGroups;
+}
 
 // Whether the token has the least clock of its group, whose block has this word 2.
-inline bool has_least_clock(uint32_t id, uint32_t word) { return ((id / kNoiseGroups) ^ word) % kNoiseGroup == 0; }
+FASTATTN_HOST_DEVICE inline bool has_least_clock(uint32_t id, uint32_t word) {
+  return ((id / kNoiseGroups) ^ word) % kNoiseGroup == 0;
+}
 
 struct PhiloxKey {
   uint32_t low, high;
@@ -65,18 +69,18 @@ struct NoiseStream {
   PhiloxKey key;
   uint32_t position_low, position_high;
 
-  NoiseStream(uint64_t seed, uint64_t position)
+  FASTATTN_HOST_DEVICE NoiseStream(uint64_t seed, uint64_t position)
       : key{static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32)},
         position_low(static_cast<uint32_t>(position)),
         position_high(static_cast<uint32_t>(position >> 32)) {}
 
-  PhiloxBlock block(uint32_t number, uint32_t domain) const {
+  FASTATTN_HOST_DEVICE PhiloxBlock block(uint32_t number, uint32_t domain) const {
     return philox4x32_10({{number, position_low, position_high, domain}}, key);
   }
 };
 
 // -log of the uniform that the first two words of a block make: an exponential.
-inline double exponential(uint32_t word0, uint32_t word1) {
+FASTATTN_HOST_DEVICE inline double exponential(uint32_t word0, uint32_t word1) {
   const auto bits = static_cast<double>(uint64_t{word0} << 20 | word1 >> 12);
   return -__builtin_log((bits + 0.5) * 0x1p-52);
 }

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from fastattn.args import AttentionArgs, KVAppendArgs
+    from fastattn.args import AttentionArgs, KVAppendArgs, LogitBias, LogitEdits, SamplingArgs
 
 DTYPES = {
     torch.float32: 0,
@@ -17,7 +17,11 @@ DTYPES = {
     torch.float64: 3,
     torch.int8: 4,
 }  # csrc/params.h, DType
-_FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # what kernels that compute in float read
+_PerRow = float | tuple[int]
+_SamplingCall = tuple[
+    int, int, int, int, int, _PerRow, _PerRow, _PerRow, _PerRow, _PerRow, _PerRow, tuple[Any, ...] | None
+]  # fmt: skip
+FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # what kernels that compute in float read
 
 
 def unit_stride(x: Tensor) -> Tensor:
@@ -57,7 +61,7 @@ class Modifiers:
         bias, mask = args.attn_bias, args.attn_mask
         if bias is not None:
             # Kernels read float32 and the 16-bit floats as they are; everything else becomes what they compute in.
-            if compute == torch.float64 or bias.dtype not in _FLOAT_DTYPES:
+            if compute == torch.float64 or bias.dtype not in FLOAT_DTYPES:
                 bias = bias.to(compute)
             bias = bias.resolve_neg().expand(shape)
         if mask is not None:
@@ -166,3 +170,65 @@ class AppendCall:
             DTYPES[args.k_cache.dtype],
             torch.get_num_threads(),
         )
+
+
+def sampling_call(args: SamplingArgs) -> _SamplingCall:
+    """What comes in of a call; csrc/binding_params.h, sampling_params."""
+    logits = args.logits
+    batch, vocab = logits.shape
+    return (
+        address(logits),
+        logits.stride(0),
+        batch,
+        vocab,
+        DTYPES[logits.dtype],
+        number_or_address(args.temperature),
+        number_or_address(args.top_k),
+        number_or_address(args.top_p),
+        number_or_address(args.min_p),
+        number_or_address(args.seeds),
+        number_or_address(args.positions),
+        None if args.edits is None else _edits(args.edits),
+    )
+
+
+def number_or_address(value: float | Tensor) -> float | tuple[int]:
+    """What csrc/binding_params.h, per_row, reads."""
+    return (address(value),) if isinstance(value, Tensor) else value
+
+
+def _edits(edits: LogitEdits) -> tuple[Any, ...]:
+    """csrc/binding_params.h, fill_edits."""
+    return (
+        number_or_address(edits.repetition_penalty),
+        number_or_address(edits.presence_penalty),
+        number_or_address(edits.frequency_penalty),
+        *_seen(edits),
+        *_bias(edits.logit_bias),
+        *_allowed(edits.allowed),
+    )
+
+
+def _seen(edits: LogitEdits) -> tuple[Any, ...]:
+    counts = edits.token_counts
+    if counts is None or isinstance(counts, Tensor):
+        return _rows(counts), _rows(edits.prompt_mask), None, None, 0, None
+    lists = _rows(counts.ids), _rows(counts.counts), address(counts.lengths), _rows(counts.unseen)
+    return None, None, *lists
+
+
+def _bias(bias: LogitBias | None) -> tuple[Any, ...]:
+    if isinstance(bias, tuple):
+        ids, values = bias
+        return None, _rows(ids), _rows(values), ids.shape[1]
+    return _rows(bias), None, None, 0
+
+
+def _allowed(allowed: Tensor | None) -> tuple[Any, ...]:
+    if allowed is None or allowed.dtype == torch.bool:
+        return _rows(allowed), None
+    return None, (address(allowed), 4 * allowed.stride(0))  # bytes
+
+
+def _rows(x: Tensor | None) -> tuple[int, int] | None:
+    return None if x is None else (address(x), x.stride(0))

@@ -6,6 +6,7 @@ was raced for, read before it landed, touched out of bounds or waited for in vai
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -18,7 +19,7 @@ from fastattn.args import AttentionArgs
 from fastattn.backends import cpu, cuda, reference
 
 AXES = {
-    "dtype": [torch.float16, torch.bfloat16],
+    "dtype": [torch.float16, torch.bfloat16, torch.float32],
     "heads": [(2, 2), (4, 2), (4, 1), (8, 1)],
     "lengths": [(1, 1), (1, 97), (97, 97), (70, 201), (201, 70), (7, 1025), (140, 40), (5, 0)],
     "headdim": [8, 40, 59, 64, 96, 111, 128, 192, 256],
@@ -36,6 +37,8 @@ SIZE = {(201, 70): 3, (70, 201): 2, (140, 40): 1}
 
 
 def legal(case):
+    if case["headdim"] > cuda.MAX_HEADDIM[case["dtype"]]:
+        return False
     work = SIZE.get(case["lengths"], 0) * case["heads"][0] * case["headdim"]
     return work <= 3 * 8 * 64  # time
 
@@ -67,7 +70,7 @@ def checked(machine, args, **run):
 def check(machine, q, k, v, call, label="", **run):
     truth, lse64 = attention64(q, k, v, **call)
     out, lse = checked(machine, plain_args(q, k, v, **call), **run)
-    close_enough(out, by_hand(q, k, v, **(NOTHING | call)), truth, 2.0, 0.0, label, torch.finfo(q.dtype).eps)
+    close_enough(out, by_hand(q, k, v, **(NOTHING | call)), truth, 2.0, 1e-6, label, torch.finfo(q.dtype).eps)
     torch.testing.assert_close(lse.double(), lse64, rtol=1e-5, atol=1e-4)
 
 
@@ -82,9 +85,15 @@ def test_features(machine, number):
     check(machine, q, k, v, call, f"{case}", seed=number, landing=landing)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("headdim", [32, 64, 96, 128, 192, 256])
-def test_no_schedule_changes_a_bit(machine, headdim, dtype):
+@pytest.mark.parametrize(
+    ("dtype", "headdim"),
+    [
+        *itertools.product([torch.float16, torch.bfloat16], [32, 64, 96, 128, 192, 256]),
+        (torch.float32, 32), (torch.float32, 64), (torch.float32, 96), (torch.float32, 128),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_no_schedule_changes_a_bit(machine, dtype, headdim):
     """At least 3 tiles of keys and 2 of rows; threads and blocks in any order, copies landing at any time."""
     q, k, v = tensors(dtype, 1, 131, 197, 1, 1, headdim)
     args = plain_args(q, k, v, causal=True)
@@ -104,6 +113,9 @@ def test_no_bank_conflicts(emulator):
             table = emulator.bank_table()
             assert len(table) >= 7, table
             assert emulator.bank_factor() == 1.0, (headdim, table)
+            if headdim <= cuda.MAX_HEADDIM[torch.float32]:
+                checked(emulator, plain_args(q.float(), k.float(), v.float()))
+                assert emulator.bank_factor() == 1.0, (headdim, emulator.bank_table())
 
 
 def test_masked_tiles_are_not_multiplied(emulator):
@@ -148,6 +160,8 @@ def test_split_keys(machine, length, features):
     call |= {"alibi_slopes": torch.rand(nheads) * 0.1} if "alibi" in features else {}
     q, k, v = tensors(torch.bfloat16, 2, 3, length, nheads, 2, 72, 40)
     check(machine, q, k, v, call)
+    if length == 1100:
+        check(machine, q.float(), k.float(), v.float(), call)
 
 
 def test_rows_do_not_depend_on_the_batch(machine):
@@ -163,7 +177,7 @@ def test_rows_do_not_depend_on_the_batch(machine):
         assert torch.equal(alone[1][0], lse[b])
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize(
     "call", [{}, {"causal": True}, {"window_size": (40, 10)}, {"softcap": 5.0}, {"sinks": True}]
 )
@@ -195,7 +209,7 @@ def test_packed_sequences(machine, dtype, call):
             by_hand(*part, **(NOTHING | call)),
             truth,
             2.0,
-            0.0,
+            1e-6,
             label,
             torch.finfo(dtype).eps,
         )
@@ -203,12 +217,14 @@ def test_packed_sequences(machine, dtype, call):
 
 
 @pytest.mark.parametrize("p", [0.0001, 0.3, 1.0])
-@pytest.mark.parametrize("headdim", [64, 128])
-def test_dropout_is_that_of_the_cpu(machine, headdim, p):
+@pytest.mark.parametrize(
+    ("headdim", "dtype"), [(64, torch.float16), (128, torch.float16), (64, torch.float32)], ids=str
+)
+def test_dropout_is_that_of_the_cpu(machine, headdim, dtype, p):
     """The same elements fall out as on the CPU, whatever the tiles: v = 1 in one column a key shows them."""
     nheads, seqlen_q, seqlen_k = 4, 70, 64
-    q, k, _ = tensors(torch.float16, 2, seqlen_q, seqlen_k, nheads, 2, headdim)
-    v = torch.eye(seqlen_k, dtype=torch.float16).view(1, seqlen_k, 1, seqlen_k).expand(2, -1, 2, -1)
+    q, k, _ = tensors(dtype, 2, seqlen_q, seqlen_k, nheads, 2, headdim)
+    v = torch.eye(seqlen_k, dtype=dtype).view(1, seqlen_k, 1, seqlen_k).expand(2, -1, 2, -1)
     state = torch.tensor([123456789012345, 77], dtype=torch.int64)
     args = plain_args(q, k, v, dropout_p=p, rng_state=state, causal=True)
     out, lse = checked(machine, args)
@@ -234,11 +250,13 @@ def paged_copy(x, page_size):
     return pages, table
 
 
-@pytest.mark.parametrize("page_size", [1, 3, 16, 256])
+@pytest.mark.parametrize(
+    ("page_size", "dtype"), [*((n, torch.float16) for n in (1, 3, 16, 256)), (16, torch.float32)]
+)
 @pytest.mark.parametrize("seqlen_q", [1, 40])
 @pytest.mark.parametrize("call", [{}, {"softcap": 3.0, "window_size": (200, 0)}])
-def test_pages_change_no_bit(machine, page_size, seqlen_q, call):
-    q, k, v = tensors(torch.float16, 2, seqlen_q, 600, 4, 2, 64)
+def test_pages_change_no_bit(machine, page_size, dtype, seqlen_q, call):
+    q, k, v = tensors(dtype, 2, seqlen_q, 600, 4, 2, 64)
     lengths = torch.tensor([600, 77], dtype=torch.int32)
     generator = torch.get_rng_state()
     k_pages, table = paged_copy(k, page_size)
@@ -247,7 +265,8 @@ def test_pages_change_no_bit(machine, page_size, seqlen_q, call):
     call = {"seqlens_k": lengths, "causal": True, **call}
     out, lse = checked(machine, plain_args(q, k_pages, v_pages, block_table=table, **call))
     truth, lse64 = attention64(q, k, v, **(call | {"seqlens_k": lengths.tolist()}))
-    torch.testing.assert_close(out.double(), truth, rtol=0, atol=3e-3)
+    tolerance = 3e-6 if dtype == torch.float32 else 3e-3
+    torch.testing.assert_close(out.double(), truth, rtol=0, atol=tolerance)
     torch.testing.assert_close(lse.double(), lse64, rtol=1e-5, atol=1e-4)
     if seqlen_q * 2 <= 64:  # the same kernel but for the addresses
         plain = checked(machine, plain_args(q, k, v, **call))
@@ -280,8 +299,13 @@ def test_rows_of_a_cache(machine, seqlen_q):
 def test_what_the_backend_lacks_it_names():
     q, k, v = tensors(torch.float16, 1, 4, 4, 2, 2, 64)
     assert cuda._lacks(plain_args(q, k, v)) is None
-    assert cuda._lacks(plain_args(q.float(), k.float(), v.float())) == "lacks dtype 'float32'"
+    assert cuda._lacks(plain_args(q.float(), k.float(), v.float())) is None
+    assert cuda._lacks(plain_args(q.double(), k.double(), v.double())) == "lacks dtype 'float64'"
     assert cuda._lacks(plain_args(q, k, v, needs_grad=True)) is None
+    trained = plain_args(q.float(), k.float(), v.float(), needs_grad=True)
+    assert cuda._lacks(trained) == "lacks 'gradients in float32'"
     wide = torch.zeros(1, 4, 2, 264, dtype=torch.float16)
-    assert cuda._lacks(plain_args(wide, wide, wide)) == "lacks headdim above 256"
+    assert cuda._lacks(plain_args(wide, wide, wide)) == "lacks headdim above 256 in float16"
+    wide = torch.zeros(1, 4, 2, 136)
+    assert cuda._lacks(plain_args(wide, wide, wide)) == "lacks headdim above 128 in float32"
     assert cuda.supports(plain_args(q, k, v)) == "lacks device 'cpu'"

@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from tree import ROOT
 
 from fastattn import available_backends, calls
@@ -53,7 +54,23 @@ def test_it_compiles_within_the_budget(tools, architecture, headdim, tmp_path):
             assert row["instructions_per_tensor"] <= MAX_INSTRUCTIONS_PER_HMMA
 
 
+@pytest.mark.parametrize("architecture", ["80", "90a"])
+def test_sampling_compiles_within_the_budget(tools, architecture, tmp_path):
+    others = json.loads(gpu_static.RESULTS.read_text())["others"]
+    budget = {
+        (row["architecture"], row["dtype"]): row["registers"] for row in others if row["kernel"] == "sample"
+    }
+    rows = gpu_static.sampling_report(architecture, tmp_path)
+    assert {row["dtype"] for row in rows} == {"float", "f16", "bf16"}
+    for row in rows:
+        assert row["spill_bytes"] == 0, row
+        assert row["registers"] <= budget[row["architecture"], row["dtype"]] + 8, row
+
+
 def test_the_budget_is_what_it_claims():
+    others = json.loads(gpu_static.RESULTS.read_text())["others"]
+    assert all(row["spill_bytes"] == 0 for row in others)
+    assert {row["headdim"] for row in others if "headdim" in row} == set(gpu_static.FLOAT_HEADDIMS)
     rows = committed()
     assert all(row["spill_bytes"] == 0 for row in rows)
     plain = [row for row in rows if row["kernel"] == "forward plain" and row["rows"] == 128]
@@ -75,7 +92,7 @@ def test_it_says_why_it_is_off():
         return
     assert "CUDA" in reason
     view, sizes = (0, 0, 0, 0), (1, 1, 1, 1, 1, 64, 64)
-    call = (view, view, view, sizes, 1.0, -1, -1, calls.DTYPES[cuda._DTYPES[0]], 2, 1, 0, None, None)
+    call = (view, view, view, sizes, 1.0, -1, -1, calls.DTYPES[torch.float16], 2, 1, 0, None, None)
     with pytest.raises(RuntimeError, match=r"attention_forward: .*(driver|device)"):
         cuda._cuda.attention_forward(call, view, (0, 0, 0), 0, 0, 0)
 

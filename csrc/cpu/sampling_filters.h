@@ -1,10 +1,4 @@
 // The filters, each reduced to a Cut of the total order, without sorting.
-//
-// Probability mass is counted in integers: a token weighs round(2^41 exp((logit - max) / temperature)). Integer sums do
-// not depend on their order, so a cut has one value on every ISA, in any blocking and under any search; and each weight
-// comes from correctly rounded double operations, none of them fused. Against exact arithmetic a token's weight is off
-// by at most 2^-41 of the most likely token's: two prefixes count as equal when they differ by less than that per
-// token.
 #pragma once
 
 #include "cpu/sampling_row.h"
@@ -18,15 +12,10 @@ class Softmax {
  public:
   using U64 = typename Vec::U64;
   using F64 = typename Vec::F64;
-  static constexpr int kMassBits = 41;  // kMaxVocab tokens of the largest mass sum to 2^63
   static constexpr double kOne = static_cast<double>(int64_t{1} << kMassBits);  // the largest token's mass
 
   Softmax(float max, double temperature)
-      : max_(max), temperature_(temperature), log2_scale_(1.4426950408889634 / temperature) {
-    // Out of these bounds masses are 0, 1 all the same, and (-inf) * 0 or 0 * inf would be NaN.
-    if (log2_scale_ < 0x1p-1000) log2_scale_ = 0x1p-1000;
-    if (log2_scale_ > 0x1p+1000) log2_scale_ = 0x1p+1000;
-  }
+      : max_(max), temperature_(temperature), log2_scale_(log2_scale_of(temperature)) {}
 
   float max() const { return static_cast<float>(max_); }
   double log2_scale() const { return log2_scale_; }
@@ -39,22 +28,7 @@ class Softmax {
   }
 
   inline __attribute__((always_inline)) U64 mass(F64 x) const {
-    const F64 round_to_integer = F64{} + 0x1.8p52;
-    const F64 t = Vec::max_f64((x - max_) * log2_scale_, F64{} - 64.0);
-    // 2^t = 2^n 2^r with n = round(t); the polynomial is near-minimax for 2^r on [-1/2, 1/2], within 2^-44. Its terms
-    // are paired (Estrin), which is half as long a chain of operations as Horner's.
-    const F64 shifted = t + round_to_integer;
-    const F64 r = t - (shifted - round_to_integer);
-    const F64 r2 = r * r, r4 = r2 * r2;
-    const F64 p01 = r * 0x1.62e42fefa39efp-1 + 1.0;
-    const F64 p23 = r * 0x1.c6b08d7047e52p-5 + 0x1.ebfbdff823cedp-3;
-    const F64 p45 = r * 0x1.5d87fe86fe88ep-10 + 0x1.3b2ab7181b755p-7;
-    const F64 p67 = r * 0x1.ffcb9515a8016p-17 + 0x1.4308ac85aa947p-13;
-    const F64 p89 = r * 0x1.b63880a30e9ffp-24 + 0x1.63d136366db24p-20;
-    const F64 p = (p01 + p23 * r2) + ((p45 + p67 * r2) + p89 * r4) * r4;
-    const F64 power = reinterpret_cast<F64>(reinterpret_cast<U64>(p) + (reinterpret_cast<U64>(shifted) << 52));
-    const F64 unit = F64{} + 0x1p52 / (int64_t{1} << kMassBits);  // its last place is one unit of mass
-    return reinterpret_cast<U64>(power + unit) - reinterpret_cast<U64>(unit);
+    return mass_of<U64>(Vec::max_f64((x - max_) * log2_scale_, F64{} - 64.0));
   }
 
   // weights[i] = mass of v[i], for n rounded up to whole vectors.
@@ -171,12 +145,6 @@ bool cut_prefix(const Candidates& c, uint64_t target, const Weights& weights, Cu
   return true;
 }
 
-inline uint64_t prefix_mass(double top_p, uint64_t total) {
-  const double wanted = __builtin_ceil(top_p * static_cast<double>(total));
-  const uint64_t target = wanted < 1.0 ? 1 : static_cast<uint64_t>(wanted);
-  return target < total ? target : total;
-}
-
 template <class Vec>
 uint64_t total_mass(const Candidates& c, const Softmax<Vec>& softmax) {
   uint64_t total = 0, weights[64];
@@ -192,7 +160,7 @@ template <class Vec, class T>
 uint64_t total_mass(const Row<Vec, T>& row, const Softmax<Vec>& softmax) {
   typename Vec::U64 sum = {};
   const auto add = [&](Vec v) { sum += softmax.mass(widen_low(v)) + softmax.mass(widen_high(v)); };
-  const float weightless = softmax.logit_at(-Softmax<Vec>::kMassBits - 2);
+  const float weightless = softmax.logit_at(-kMassBits - 2);
   row.visit_chunks([&] { return weightless; },
                    [&](int64_t c, int32_t) {
                      for (int i = 0; i < Row<Vec, T>::kChunkVecs; ++i) add(row.load(c, i));

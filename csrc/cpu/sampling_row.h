@@ -6,26 +6,10 @@
 #include <cstring>
 
 #include "params.h"
+#include "sampling_order.h"
 
 namespace fastattn {
 namespace {
-
-constexpr float kLowest = -__FLT_MAX__;  // every finite logit is >= this
-constexpr float kMinusInfinity = -__builtin_inff();
-
-// Ascending unsigned integers for ascending floats. Adding 0.0f beforehand makes the two zeros one.
-inline uint32_t sort_key(float x) {
-  uint32_t bits;
-  memcpy(&bits, &x, sizeof bits);
-  return bits ^ (static_cast<uint32_t>(static_cast<int32_t>(bits) >> 31) | 0x80000000u);
-}
-
-inline float from_sort_key(uint32_t key) {
-  const uint32_t bits = key & 0x80000000u ? key ^ 0x80000000u : ~key;
-  float x;
-  memcpy(&x, &bits, sizeof x);
-  return x;
-}
 
 // The total order is: larger logit first, then lower id. Every filter keeps a prefix of it, and so do all together.
 struct Cut {

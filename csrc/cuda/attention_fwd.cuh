@@ -8,6 +8,7 @@
 #pragma once
 
 #include "cuda/products.cuh"
+#include "cuda/products_f32.cuh"
 #include "cuda/score_modifiers.cuh"
 #include "cuda/tile_copy.cuh"
 
@@ -70,6 +71,7 @@ class ForwardBlock {
   }
 
  private:
+  static constexpr bool kSingle = Traits::kElementBytes == 4;  // no tensor core multiplies floats as they are
   using Layout = ScoreLayout<Traits, false>;
 
   FASTATTN_DEVICE void walk() {
@@ -152,13 +154,19 @@ class ForwardBlock {
   template <bool may_mask>
   FASTATTN_DEVICE void step(int tile, int stage, bool masked) {
     float scores[Traits::kRowTiles][Traits::kKeys / 8][4];  // (rows, keys)
-    multiply_keys(scores, k_tile(stage));
+    if constexpr (kSingle)
+      multiply_keys_f32<Traits>(scores, queries_, warp_row_, k_tile(stage));
+    else
+      multiply_keys(scores, k_tile(stage));
     const Layout at(first_row_ + warp_row_, tile * Traits::kKeys);
     if constexpr (Policy::kModify) modify_scores(scores, p_, sequence_, at);
     if (may_mask && masked) hide_invisible(scores, sequence_, at, split_begin_, split_end_);
     soften<may_mask>(scores);
     if constexpr (Policy::kDropout) drop(scores, at);
-    add_product<T, Traits>(out_, scores, k_tile(stage) + Traits::kTileBytes, v_lane_);
+    if constexpr (kSingle)
+      multiply_values_f32<Traits>(out_, scores, k_tile(stage) + Traits::kTileBytes);
+    else
+      add_product<T, Traits>(out_, scores, k_tile(stage) + Traits::kTileBytes, v_lane_);
   }
 
   FASTATTN_DEVICE void drop(ScoreTile<Traits>& probs, Layout at) const {
@@ -257,7 +265,12 @@ class ForwardBlock {
         if (exists && lane % 4 == 0) write_lse(row, sum == 0 ? -kInfinity : top + log2_approx(sum));
       }
     if (is_split())
-      write_partial();
+      write_pairs([&](int row) { return params_.partial_out + partial_row(row) * p_.headdim_v; });
+    else if constexpr (kSingle)
+      write_pairs([&](int row) {
+        return row_pointer<float>(p_.out, sequence_.q_row, sequence_.q_first + sequence_.query(row),
+                                  sequence_.head(row));
+      });
     else
       write_out();
   }
@@ -289,7 +302,9 @@ class ForwardBlock {
     });
   }
 
-  FASTATTN_DEVICE void write_partial() {
+  // line_of(row): where floats of a row go.
+  template <class LineOf>
+  FASTATTN_DEVICE void write_pairs(LineOf&& line_of) {
     const int lane = thread_index() % 32;
 #pragma unroll
     for (int m = 0; m < Traits::kRowTiles; ++m)
@@ -297,7 +312,7 @@ class ForwardBlock {
       for (int half = 0; half < 2; ++half) {
         const int row = first_row_ + warp_row_ + 16 * m + 8 * half + lane / 4;
         if (row >= sequence_.rows()) continue;
-        Float2* line = reinterpret_cast<Float2*>(params_.partial_out + partial_row(row) * p_.headdim_v);
+        Float2* line = reinterpret_cast<Float2*>(line_of(row));
 #pragma unroll
         for (int n = 0; n < Traits::kDim / 8; ++n)
           if (8 * n < p_.headdim_v)
@@ -321,7 +336,7 @@ class ForwardBlock {
 };
 
 template <class T, class Traits, class Policy>
-FASTATTN_KERNEL(kThreads, Traits::kRowTiles == 1 && Traits::kDim <= 64 ? 3 : 2)
+FASTATTN_KERNEL(kThreads, Traits::kRowTiles == 1 && Traits::kDim <= 64 && Traits::kElementBytes == 2 ? 3 : 2)
 attention_forward(FASTATTN_GRID_CONSTANT ForwardParams params) {
   const int last_first = params.row_blocks - 1 - block_index_x() % params.row_blocks;  // causal: the long rows first
   const int place = block_index_x() / params.row_blocks, nheads_k = static_cast<int>(params.attention.nheads_k);

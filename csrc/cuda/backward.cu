@@ -6,7 +6,11 @@ namespace fastattn {
 template <>
 int backward_headdim<FASTATTN_HEADDIM>(const AttentionBackwardParams& call, void* stream) {
   const auto launch = [&](auto element) {
-    return launch_backward_headdim<decltype(element), FASTATTN_HEADDIM>(call, stream);
+    using T = decltype(element);
+    if constexpr (sizeof(T) == 2)  // only these have gradients
+      return launch_backward_headdim<T, FASTATTN_HEADDIM>(call, stream);
+    else
+      return kNoKernel;
   };
   return with_dtype<decltype(launch), FASTATTN_CUDA_TYPES>(call.fwd.dtype, launch);
 }

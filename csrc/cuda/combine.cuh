@@ -11,6 +11,23 @@ struct CombineParams {
   int padded_rows;  // of one KV head of one sequence, in the partial results
 };
 
+template <class T>
+FASTATTN_DEVICE void store_eight(T* line, const float (&x)[8]) {
+  uint32_t bytes[4];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) bytes[i] = pack2<T>(x[2 * i], x[2 * i + 1]);
+  store_global16(line, bytes);
+}
+FASTATTN_DEVICE void store_eight(float* line, const float (&x)[8]) {
+#pragma unroll
+  for (int i = 0; i < 8; i += 4) {
+    uint32_t bytes[4];
+#pragma unroll
+    for (int e = 0; e < 4; ++e) bytes[e] = bits_of_float(x[i + e]);
+    store_global16(line + i, bytes);
+  }
+}
+
 // One thread for 8 dimensions of one row.
 template <class T>
 FASTATTN_KERNEL(kThreads, 8)
@@ -48,12 +65,11 @@ combine_splits(FASTATTN_GRID_CONSTANT CombineParams params) {
     }
   }
   const float factor = sum == 0 ? 0.0f : 1 / sum;
-  uint32_t bytes[4];
 #pragma unroll
-  for (int i = 0; i < 4; ++i) bytes[i] = pack2<T>(out[2 * i] * factor, out[2 * i + 1] * factor);
-  store_global16(
+  for (float& x : out) x *= factor;
+  store_eight(
       row_pointer<T>(p.out, sequence.q_row, sequence.q_first + sequence.query(row), sequence.head(row)) + chunk * 8,
-      bytes);
+      out);
   if (chunk == 0 && p.lse) {
     float* lse = static_cast<float*>(p.lse) + sequence.q_row * p.lse_stride_batch +
                  sequence.head(row) * p.lse_stride_head + sequence.q_first + sequence.query(row);

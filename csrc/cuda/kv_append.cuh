@@ -9,7 +9,10 @@ namespace {
 
 template <class T>
 FASTATTN_DEVICE T narrow_to(float x) {
-  return T{static_cast<uint16_t>(pack2<T>(x, 0.0f))};
+  if constexpr (sizeof(T) == sizeof x)
+    return x;
+  else
+    return T{static_cast<uint16_t>(pack2<T>(x, 0.0f))};
 }
 
 // Dimension d of a row, turned by the angles of `position`; dimensions past 2 * half_rotary pass unchanged.

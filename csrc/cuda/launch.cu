@@ -59,7 +59,10 @@ int cuda_append_kv(const KVAppendParams& p, void* stream) {
   if (rows == 0) return 0;
   const Launch at{static_cast<unsigned>((rows + kWarps - 1) / kWarps), 1, 0,
                   static_cast<decltype(Launch::stream)>(stream)};
-  return launch_kernel(p.dtype == DType::bf16 ? append_rows<bf16_t> : append_rows<f16_t>, kThreads, at, p);
+  const auto kernel = p.dtype == DType::bf16  ? append_rows<bf16_t>
+                      : p.dtype == DType::f16 ? append_rows<f16_t>
+                                              : append_rows<float>;
+  return launch_kernel(kernel, kThreads, at, p);
 }
 
 }  // namespace fastattn

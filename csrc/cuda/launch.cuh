@@ -38,8 +38,9 @@ int launch_forward(const AttentionParams& p, const SplitPlan& plan, float* parti
 template <class T, int kDim>
 int launch_headdim(const AttentionParams& p, const SplitPlan& plan, float* partial_out, float* partial_lse,
                    void* stream) {
-  using Narrow = Traits<kDim, 1>;
-  using Wide = Traits<kDim, kDim <= 128 ? 2 : 1>;
+  constexpr int kBytes = sizeof(T);
+  using Narrow = Traits<kDim, 1, kBytes>;
+  using Wide = Traits<kDim, kDim * kBytes <= 256 ? 2 : 1, kBytes>;
   const auto launch = [&](auto traits, auto policy) {
     return launch_forward<T, decltype(traits), decltype(policy)>(p, plan, partial_out, partial_lse, stream);
   };
@@ -95,14 +96,20 @@ int launch_backward_headdim(const AttentionBackwardParams& call, void* stream) {
 
 // The dtypes that there are kernels for. A build may ask for fewer.
 #ifndef FASTATTN_CUDA_TYPES
-#define FASTATTN_CUDA_TYPES f16_t, bf16_t
+#define FASTATTN_CUDA_TYPES f16_t, bf16_t, float
 #endif
-constexpr int kNoKernel = 1;  // cudaErrorInvalidValue
+
+template <class T>
+constexpr DType dtype_of = sizeof(T) == 4 ? DType::f32
+                           : is_bf16<T>   ? DType::bf16
+                                          : DType::f16;
+template <class T>
+constexpr int kMaxTileHeaddim = 512 / sizeof(T);  // so that tiles fit the shared memory of every GPU
 
 // launch(T{}) for the T that `dtype` names.
 template <class Launch, class T, class... Others>
 int with_dtype(DType dtype, Launch launch) {
-  if (dtype == (is_bf16<T> ? DType::bf16 : DType::f16)) return launch(T{});
+  if (dtype == dtype_of<T>) return launch(T{});
   if constexpr (sizeof...(Others) > 0)
     return with_dtype<Launch, Others...>(dtype, launch);
   else

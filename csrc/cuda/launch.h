@@ -11,6 +11,14 @@ struct SplitPlan {
   int splits, padded_rows;
 };
 
+// How many blocks share a row of logits, and the words of 8 bytes on which they leave what they find.
+struct SamplingPlan {
+  int blocks;
+  int64_t board_words;
+};
+
+constexpr int kNoKernel = 1;  // cudaErrorInvalidValue
+
 const char* cuda_error_text(int error);
 const char* cuda_architectures();  // "sm_80 sm_90 ..."
 
@@ -26,5 +34,11 @@ int cuda_attention_backward(const AttentionBackwardParams& call, void* stream);
 
 // All of one 16-bit dtype; kv.seqlens says where each sequence of the cache ends. Returns a cudaError_t.
 int cuda_append_kv(const KVAppendParams& p, void* stream);
+
+SamplingPlan plan_sampling(int64_t batch, int64_t vocab);
+
+// logits are f32, f16 or bf16. A parameter of stride 0 is read here and now, on the host; the others, logits, tokens
+// and kept lie on the GPU. Rows without a token have a negative SamplingError. Returns a cudaError_t.
+int cuda_sample(const SamplingParams& p, const SamplingPlan& plan, uint64_t* board, void* stream);
 
 }  // namespace fastattn

@@ -51,6 +51,11 @@ FASTATTN_DEVICE V shuffle_xor(V value, int mask) {
   return __shfl_xor_sync(0xffffffffu, value, mask);
 }
 
+template <class V>
+FASTATTN_DEVICE V shuffle_from(V value, int lane) {
+  return __shfl_sync(0xffffffffu, value, lane);
+}
+
 // Four 8x8 matrices of 16-bit elements: lane 8 m + r brings the address of row r of matrix m, 16 bytes.
 FASTATTN_DEVICE void ldmatrix_x4(uint32_t (&r)[4], uint32_t address) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
@@ -105,6 +110,26 @@ FASTATTN_DEVICE void store_shared4(uint32_t address, uint32_t value) {
   asm volatile("st.shared.u32 [%0], %1;" ::"r"(address), "r"(value) : "memory");
 }
 
+FASTATTN_DEVICE void store_shared8(uint32_t address, uint64_t value) {
+  asm volatile("st.shared.u64 [%0], %1;" ::"r"(address), "l"(value) : "memory");
+}
+FASTATTN_DEVICE uint32_t load_shared4(uint32_t address) {
+  uint32_t value;
+  asm volatile("ld.shared.u32 %0, [%1];" : "=r"(value) : "r"(address) : "memory");
+  return value;
+}
+FASTATTN_DEVICE uint64_t load_shared8(uint32_t address) {
+  uint64_t value;
+  asm volatile("ld.shared.u64 %0, [%1];" : "=l"(value) : "r"(address) : "memory");
+  return value;
+}
+// Adds atomically; returns what was there.
+FASTATTN_DEVICE uint32_t add_shared4(uint32_t address, uint32_t value) {
+  uint32_t before;
+  asm volatile("atom.shared.add.u32 %0, [%1], %2;" : "=r"(before) : "r"(address), "r"(value) : "memory");
+  return before;
+}
+
 FASTATTN_DEVICE Float2 load_shared_pair(uint32_t address) {
   Float2 pair;
   asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(pair.x), "=f"(pair.y) : "r"(address) : "memory");
@@ -138,6 +163,8 @@ FASTATTN_DEVICE uint32_t pack2(float low, float high) {
   return packed;
 }
 
+FASTATTN_DEVICE float float_of_bits(uint32_t bits) { return __uint_as_float(bits); }
+FASTATTN_DEVICE uint32_t bits_of_float(float x) { return __float_as_uint(x); }
 FASTATTN_DEVICE float to_float(float x) { return x; }
 FASTATTN_DEVICE float to_float(bf16_t x) { return __uint_as_float(static_cast<uint32_t>(x.bits) << 16); }
 FASTATTN_DEVICE float to_float(f16_t x) {
@@ -163,6 +190,8 @@ FASTATTN_DEVICE float reciprocal_approx(float x) {
 }
 FASTATTN_DEVICE float maximum(float a, float b) { return fmaxf(a, b); }
 FASTATTN_DEVICE float absolute(float a) { return fabsf(a); }
+FASTATTN_DEVICE int leading_zeros(uint64_t x) { return __clzll(static_cast<long long>(x)); }
+FASTATTN_DEVICE double logarithm(double x) { return log(x); }
 FASTATTN_DEVICE float fused_multiply_add(float a, float b, float c) { return __fmaf_rn(a, b, c); }
 
 inline const char* error_text(int error) { return cudaGetErrorString(static_cast<cudaError_t>(error)); }

@@ -56,9 +56,13 @@ struct Sequence {
   }
 };
 
+// In elements.
+FASTATTN_DEVICE int64_t row_offset(const TensorView& view, int batch, int seq, int head) {
+  return batch * view.stride_batch + seq * view.stride_seqlen + head * view.stride_head;
+}
 template <class T>
 FASTATTN_DEVICE T* row_pointer(const TensorView& view, int batch, int seq, int head) {
-  return static_cast<T*>(view.data) + batch * view.stride_batch + seq * view.stride_seqlen + head * view.stride_head;
+  return static_cast<T*>(view.data) + row_offset(view, batch, seq, head);
 }
 
 // The rows of a tile that begins at row `first`: the keys that any of them sees, and those that all of them see.

@@ -13,7 +13,8 @@ struct CopySteps {
 
   template <class Traits>
   static CopySteps of(const TensorView& view) {
-    return {view.stride_seqlen * 2 * Traits::kCopyRows, view.stride_seqlen * 2 * Traits::kKeys};
+    const int64_t row = view.stride_seqlen * Traits::kElementBytes;
+    return {row * Traits::kCopyRows, row * Traits::kKeys};
   }
 };
 
@@ -28,15 +29,15 @@ class KeyCopy {
         kv_(kv),
         row_(thread_index() / Traits::kRowLanes),
         chunk_(thread_index() % Traits::kRowLanes),
-        chunks_(static_cast<int>(headdim) / 8),
+        chunks_(static_cast<int>(headdim) / Traits::kChunkElements),
         target_(chunk_offset<Traits::kKeys>(row_, chunk_)) {
     if constexpr (kPaged) {
       pages_ = kv.block_table + sequence.batch * kv.stride_block_table;
       first_ = sequence.kv_first;
-      source_ = row_pointer<const char>({view.data, 0, 0, view.stride_head * 2}, 0, 0, sequence.head_k);
+      source_ = static_cast<const char*>(view.data) + sequence.head_k * view.stride_head * Traits::kElementBytes;
     } else {
-      source_ = reinterpret_cast<const char*>(
-          row_pointer<const uint16_t>(view, sequence.kv_row, sequence.kv_first, sequence.head_k));
+      source_ = static_cast<const char*>(view.data) +
+                row_offset(view, sequence.kv_row, sequence.kv_first, sequence.head_k) * Traits::kElementBytes;
     }
     source_ += chunk_ * 16;
   }
@@ -46,7 +47,7 @@ class KeyCopy {
     if constexpr (kPaged)
       key_ = key;
     else
-      source_ += (key + row_) * view_.stride_seqlen * 2;
+      source_ += (key + row_) * view_.stride_seqlen * Traits::kElementBytes;
   }
 
   // `edge`: the tile may reach beyond `seqlen_k`, where zeros stand in.
@@ -82,7 +83,8 @@ class KeyCopy {
 
   FASTATTN_DEVICE int64_t paged(int key) const {
     const int page_size = static_cast<int>(kv_.page_size), token = first_ + key, page = token / page_size;
-    return (load_global(pages_ + page) * view_.stride_batch + (token - page * page_size) * view_.stride_seqlen) * 2;
+    return (load_global(pages_ + page) * view_.stride_batch + (token - page * page_size) * view_.stride_seqlen) *
+           Traits::kElementBytes;
   }
 
   const TensorView& view_;
@@ -95,8 +97,8 @@ class KeyCopy {
   int first_ = 0, key_ = 0;
 };
 
-// The kLines lines of a tile, 16 bytes a thread: line_of(i, exists) points to line i's first element, and where exists
-// is false to any other's: zeros stand in.
+// The kLines lines of a tile, 16 bytes a thread: line_of(i, exists) points to line i's first byte, and where exists is
+// false to any other's: zeros stand in.
 // Columns past `dims` arrive as zeros.
 template <class Traits, int kLines, class LineOf>
 FASTATTN_DEVICE void copy_lines(uint32_t tile, int64_t dims, LineOf line_of) {
@@ -104,11 +106,11 @@ FASTATTN_DEVICE void copy_lines(uint32_t tile, int64_t dims, LineOf line_of) {
 #pragma unroll
   for (int r = 0; r < kLines; r += Traits::kCopyRows) {
     bool exists = true;
-    const uint16_t* source = line_of(line + r, exists);
+    const char* source = line_of(line + r, exists) + chunk * 16;
 #pragma unroll
     for (int c = 0; c < Traits::kChunks; c += Traits::kRowLanes) {
-      const bool wanted = exists && chunk + c < dims / 8;
-      cp_async16(tile + chunk_offset<kLines>(line + r, chunk + c), source + (chunk + c) * 8, wanted);
+      const bool wanted = exists && chunk + c < dims / Traits::kChunkElements;
+      cp_async16(tile + chunk_offset<kLines>(line + r, chunk + c), source + c * 16, wanted);
     }
   }
 }
@@ -120,7 +122,9 @@ FASTATTN_DEVICE void copy_rows(uint32_t tile, const TensorView& view, int64_t di
   copy_lines<Traits, kLines>(tile, dims, [&](int line, bool& exists) {
     exists = first + line < sequence.rows();
     const int at = exists ? first + line : first;
-    return row_pointer<const uint16_t>(view, sequence.q_row, sequence.q_first + sequence.query(at), sequence.head(at));
+    return static_cast<const char*>(view.data) +
+           row_offset(view, sequence.q_row, sequence.q_first + sequence.query(at), sequence.head(at)) *
+               Traits::kElementBytes;
   });
 }
 
@@ -130,8 +134,9 @@ FASTATTN_DEVICE void copy_keys(uint32_t tile, const TensorView& view, int64_t di
                                int first) {
   copy_lines<Traits, Traits::kRows>(tile, dims, [&](int line, bool& exists) {
     exists = first + line < sequence.seqlen_k;
-    return row_pointer<const uint16_t>(view, sequence.kv_row, sequence.kv_first + (exists ? first + line : first),
-                                       sequence.head_k);
+    return static_cast<const char*>(view.data) +
+           row_offset(view, sequence.kv_row, sequence.kv_first + (exists ? first + line : first), sequence.head_k) *
+               Traits::kElementBytes;
   });
 }
 

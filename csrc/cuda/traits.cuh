@@ -43,20 +43,22 @@ FASTATTN_DEVICE constexpr uint32_t panel_offset(int n) {
   return static_cast<uint32_t>(n / 2 * kTileRows * kPanelBytes);
 }
 
-// kDim: the headdim, padded; kRowTiles: 16-row tiles of each warp.
-template <int kDim_, int kRowTiles_>
+// kDim: the headdim, padded; kRowTiles: 16-row tiles of each warp; kElementBytes: of q, k and v.
+template <int kDim_, int kRowTiles_, int kElementBytes_ = 2>
 struct Traits {
-  static constexpr int kDim = kDim_, kRowTiles = kRowTiles_;
+  static constexpr int kDim = kDim_, kRowTiles = kRowTiles_, kElementBytes = kElementBytes_;
   static constexpr int kWarpRows = 16 * kRowTiles, kRows = kWarps * kWarpRows;
-  static constexpr int kKeys = kDim <= 64 ? 64 : 32;
+  static constexpr int kKeys = kDim * kElementBytes <= 128 ? 64 : 32;
   static constexpr int kStages = 2;
-  static constexpr int kChunks = kDim / 8;                  // of 16 bytes in a row
-  static constexpr int kRowLanes = kDim % 64 == 0 ? 8 : 4;  // threads that copy one row
-  static constexpr int kCopyRows = kThreads / kRowLanes;    // rows that all threads copy at once
-  static constexpr int kCopyColumns = kChunks / kRowLanes;  // copies of a thread in one row
-  static constexpr uint32_t kQueryBytes = kRows * kDim * 2, kTileBytes = kKeys * kDim * 2;
+  static constexpr int kChunkElements = 16 / kElementBytes;
+  static constexpr int kChunks = kDim / kChunkElements;       // of 16 bytes in a row
+  static constexpr int kRowLanes = kChunks % 8 == 0 ? 8 : 4;  // threads that copy one row
+  static constexpr int kCopyRows = kThreads / kRowLanes;      // rows that all threads copy at once
+  static constexpr int kCopyColumns = kChunks / kRowLanes;    // copies of a thread in one row
+  static constexpr uint32_t kQueryBytes = kRows * kDim * kElementBytes, kTileBytes = kKeys * kDim * kElementBytes;
   static constexpr int kSharedBytes = static_cast<int>(kQueryBytes + kStages * 2 * kTileBytes);
-  static constexpr bool kQueryInRegisters = kDim * kRowTiles <= 64;  // else its fragments are read again for every tile
+  static constexpr bool kQueryInRegisters =
+      kElementBytes == 2 && kDim * kRowTiles <= 64;  // else its fragments are read again for every tile
 };
 
 }  // namespace

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+from fastattn.calls import DTYPES, FLOAT_DTYPES, number_or_address, sampling_call
 
 try:
     from fastattn import _C
@@ -13,9 +15,8 @@ except ImportError:  # cpu.py says so
     _C = None  # type: ignore[assignment]
 
 if TYPE_CHECKING:
-    from fastattn.args import LogitBias, LogitEdits, SamplingArgs
+    from fastattn.args import SamplingArgs
 
-LOGITS_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # csrc/params.h, DType
 _EDITED = " after penalties, logit_bias and allowed"
 _PROBLEMS = {
     1: "has NaN",
@@ -63,7 +64,7 @@ def speculative_sample(
         seeds, positions: a number or a contiguous (batch,) int64.
     """
     dtype = torch.promote_types(draft_probs.dtype, target_probs.dtype)
-    if dtype not in LOGITS_DTYPES:
+    if dtype not in FLOAT_DTYPES:
         return None
     draft, target = (_probabilities(x, dtype) for x in (draft_probs, target_probs))
     drafted = draft_tokens.to(torch.int64).contiguous()
@@ -75,15 +76,15 @@ def speculative_sample(
         (draft.data_ptr(), draft.stride(0), draft.stride(1)),
         (target.data_ptr(), target.stride(0), target.stride(1)),
         drafted.data_ptr(),
-        _number_or_address(seeds),
-        _number_or_address(positions),
+        number_or_address(seeds),
+        number_or_address(positions),
         totals.data_ptr(),
         tokens.data_ptr(),
         accepted.data_ptr(),
         batch,
         n,
         vocab,
-        LOGITS_DTYPES[dtype],
+        DTYPES[dtype],
         torch.get_num_threads(),
     )
     return (tokens, accepted) if done else None
@@ -109,27 +110,9 @@ def count_tokens(ids: Tensor, counts: Tensor, lengths: Tensor, unseen: Tensor, t
 
 
 def _sample(args: SamplingArgs, kept: int = 0, logprobs: tuple[int, ...] | None = None) -> Tensor:
-    logits = args.logits
-    batch, vocab = logits.shape
+    batch, vocab = args.logits.shape
     tokens = torch.empty(batch, dtype=torch.int64)
-    failed = _C.sample(
-        logits.data_ptr(),
-        logits.stride(0),
-        batch,
-        vocab,
-        LOGITS_DTYPES[logits.dtype],
-        _number_or_address(args.temperature),
-        _number_or_address(args.top_k),
-        _number_or_address(args.top_p),
-        _number_or_address(args.min_p),
-        _number_or_address(args.seeds),
-        _number_or_address(args.positions),
-        None if args.edits is None else _edits(args.edits),
-        tokens.data_ptr(),
-        kept,
-        logprobs,
-        torch.get_num_threads(),
-    )
+    failed = _C.sample(*sampling_call(args), tokens.data_ptr(), kept, logprobs, torch.get_num_threads())
     if failed >= 0:
         problem = -int(tokens[failed])
         if problem == _BAD_BIAS_ID:
@@ -140,44 +123,3 @@ def _sample(args: SamplingArgs, kept: int = 0, logprobs: tuple[int, ...] | None 
             raise ValueError(f"logit_bias: expected ids in [-1, {vocab}), got {int(wrong)} in row {failed}")
         raise ValueError(f"logits: row {failed} {_PROBLEMS[problem]}")
     return tokens
-
-
-def _number_or_address(value: float | Tensor) -> float | tuple[int]:
-    return (value.data_ptr(),) if isinstance(value, Tensor) else value
-
-
-def _edits(edits: LogitEdits) -> tuple[Any, ...]:
-    """csrc/bindings.cpp, fill_edits."""
-    return (
-        _number_or_address(edits.repetition_penalty),
-        _number_or_address(edits.presence_penalty),
-        _number_or_address(edits.frequency_penalty),
-        *_seen(edits),
-        *_bias(edits.logit_bias),
-        *_allowed(edits.allowed),
-    )
-
-
-def _seen(edits: LogitEdits) -> tuple[Any, ...]:
-    counts = edits.token_counts
-    if counts is None or isinstance(counts, Tensor):
-        return _rows(counts), _rows(edits.prompt_mask), None, None, 0, None
-    lists = _rows(counts.ids), _rows(counts.counts), counts.lengths.data_ptr(), _rows(counts.unseen)
-    return None, None, *lists
-
-
-def _bias(bias: LogitBias | None) -> tuple[Any, ...]:
-    if isinstance(bias, tuple):
-        ids, values = bias
-        return None, _rows(ids), _rows(values), ids.shape[1]
-    return _rows(bias), None, None, 0
-
-
-def _allowed(allowed: Tensor | None) -> tuple[Any, ...]:
-    if allowed is None or allowed.dtype == torch.bool:
-        return _rows(allowed), None
-    return None, (allowed.data_ptr(), 4 * allowed.stride(0))  # bytes
-
-
-def _rows(x: Tensor | None) -> tuple[int, int] | None:
-    return None if x is None else (x.data_ptr(), x.stride(0))

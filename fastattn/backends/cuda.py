@@ -1,4 +1,4 @@
-"""The CUDA kernels (``csrc/cuda``): tensor cores of compute capability 8.0 and later, float16 and bfloat16."""
+"""The CUDA kernels (``csrc/cuda``), for compute capability 8.0 and later: attention on tensor cores, and sampling."""
 
 from __future__ import annotations
 
@@ -24,11 +24,15 @@ if TYPE_CHECKING:
 NAME = "cuda"
 FEATURES = frozenset(
     {"window", "softcap", "alibi", "bias", "mask", "sinks", "dropout", "varlen", "leftpad", "cache_batch_idx", "paged",
-     "gradients"}
+     "gradients", "survivors"}
 )  # fmt: skip
 _NO_GRADIENTS_WITH = frozenset({"leftpad", "cache_batch_idx", "paged"})
-MAX_HEADDIM = 256
-_DTYPES = (torch.float16, torch.bfloat16)
+MAX_HEADDIM = {
+    torch.float16: 256,
+    torch.bfloat16: 256,
+    torch.float32: 128,
+}  # csrc/cuda/launch.cuh, kMaxTileHeaddim
+_MAX_VOCAB = 1 << 22  # csrc/params.h, kMaxVocab
 _CHUNK = 8  # elements that one copy moves: 16 bytes
 
 
@@ -54,8 +58,6 @@ def supports(args: AttentionArgs | KVAppendArgs | SamplingArgs) -> str | None:
     tensor = args.subject
     if tensor.device.type != "cuda":
         return f"lacks device '{tensor.device.type}'"
-    if tensor.dim() == 2:
-        return "lacks sampling"
     if torch.cuda.get_device_capability(tensor.device) < (8, 0):
         return "lacks GPUs below compute capability 8.0"
     return _lacks(args)
@@ -64,14 +66,22 @@ def supports(args: AttentionArgs | KVAppendArgs | SamplingArgs) -> str | None:
 def _lacks(args: AttentionArgs | KVAppendArgs | SamplingArgs) -> str | None:
     """What no GPU would change."""
     tensor = args.subject
-    if tensor.dtype not in _DTYPES:
+    are_logits = tensor.dim() == 2
+    if tensor.dtype not in (calls.FLOAT_DTYPES if are_logits else MAX_HEADDIM):
         return f"lacks dtype '{str(tensor.dtype).removeprefix('torch.')}'"
-    if max(tensor.shape[-1], getattr(args, "v", tensor).shape[-1]) > MAX_HEADDIM:
-        return f"lacks headdim above {MAX_HEADDIM}"
+    if are_logits and tensor.shape[1] > _MAX_VOCAB:
+        return f"lacks vocabularies above {_MAX_VOCAB}"
+    if not are_logits:
+        longest = MAX_HEADDIM[tensor.dtype]
+        if max(tensor.shape[-1], getattr(args, "v", tensor).shape[-1]) > longest:
+            return f"lacks headdim above {longest} in {str(tensor.dtype).removeprefix('torch.')}"
     features = args.features()
     lacking = sorted(features - FEATURES)
-    if "gradients" in features and features & _NO_GRADIENTS_WITH:
-        lacking.append("gradients")
+    if "gradients" in features:
+        if features & _NO_GRADIENTS_WITH:
+            lacking.append("gradients")
+        if tensor.dtype == torch.float32:
+            lacking.append("gradients in float32")
     if {"paged", "dropout"} <= features:
         lacking.append("dropout with pages")
     return f"lacks {', '.join(map(repr, lacking))}" if lacking else None
@@ -162,6 +172,33 @@ def append_kv(args: KVAppendArgs) -> tuple[Tensor, Tensor]:
 def _narrowed(x: Tensor, dims: int) -> Tensor:
     """x (batch, seqlen, heads, padded) without its padding."""
     return x if x.shape[3] == dims else x[..., :dims].contiguous()
+
+
+def sample(args: SamplingArgs) -> tuple[Tensor, None]:
+    """One token per row, (batch,) int64; -1 for a row that has none. Nothing waits for the GPU."""
+    return tokens_or_errors(args).clamp_(min=-1), None
+
+
+def tokens_or_errors(args: SamplingArgs) -> Tensor:
+    """As ``sample``, but of a row without a token the negative reason: csrc/params.h, SamplingError."""
+    tokens = args.logits.new_empty(args.logits.shape[0], dtype=torch.int64)
+    _sample(args, tokens=tokens)
+    return tokens
+
+
+def survivors(args: SamplingArgs) -> Tensor:
+    """Which tokens the filters keep, (batch, vocab) bool; a greedy row keeps one, a row without a token none."""
+    kept = args.logits.new_empty(args.logits.shape, dtype=torch.bool)
+    _sample(args, kept=kept)
+    return kept
+
+
+def _sample(args: SamplingArgs, tokens: Tensor | None = None, kept: Tensor | None = None) -> None:
+    logits = args.logits
+    words = _cuda.plan_sampling(*logits.shape)[1]
+    board = logits.new_empty(words, dtype=torch.int64)
+    with _on_device(logits):
+        _cuda.sample(*calls.sampling_call(args), *map(calls.address, (tokens, kept, board)), _stream(logits))
 
 
 def _on_device(x: Tensor) -> torch.cuda.device:

@@ -24,7 +24,7 @@ import pybind11
 from torch import Tensor
 
 from fastattn import calls
-from fastattn.args import AttentionArgs, KVAppendArgs
+from fastattn.args import AttentionArgs, KVAppendArgs, SamplingArgs
 from fastattn.backends import cuda
 
 HERE = Path(__file__).resolve().parent
@@ -46,7 +46,7 @@ FAULTS = (
 _NUMBERS = itertools.count()
 HEADDIMS = (32, 64, 96, 128, 192, 256)  # csrc/cuda/launch.cu
 UNITS_OF_HEADDIM = ("forward", "backward")
-UNITS = (*UNITS_OF_HEADDIM, "launch")
+UNITS = (*UNITS_OF_HEADDIM, "launch", "sampling")
 LANDINGS = {"at wait": 0, "at issue": 1, "between": 2}
 
 
@@ -79,6 +79,8 @@ def compile_units(
     if "launch" in units:
         listed = ",".join(map(str, headdims))
         commands["launch"] = [*compiler, f"-DFASTATTN_CUDA_HEADDIMS={listed}", str(HERE / "emulated.cpp")]
+    if "sampling" in units:
+        commands["sampling"] = [*compiler, str(csrc / "cuda" / "sampling.cu")]
     objects = {name: folder / f"{name}.o" for name in commands}
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(lambda x: subprocess.run([*x[1], "-o", objects[x[0]]], check=True), commands.items()))
@@ -141,11 +143,24 @@ class Emulator:
         with self._in_place(args, written=("k_cache", "v_cache")):
             return cuda.append_kv(args)
 
+    def sample(self, args: SamplingArgs, seed: int = 1) -> Tensor:
+        """``cuda.tokens_or_errors``, one run."""
+        self.reset(seed, "between")
+        with self._in_place(args):
+            return cuda.tokens_or_errors(args)
+
+    def survivors(self, args: SamplingArgs, seed: int = 1) -> Tensor:
+        """``cuda.survivors``, one run."""
+        self.reset(seed, "between")
+        with self._in_place(args):
+            return cuda.survivors(args)
+
     @contextlib.contextmanager
     def _in_place(
         self, args: Any, written: tuple[str, ...] = (), given: tuple[Tensor, ...] = ()
     ) -> Iterator[None]:
-        inputs = {name: x for name in args.__slots__ if isinstance(x := getattr(args, name), Tensor)}
+        names = getattr(args, "_fields", args.__slots__)
+        inputs = {name: x for name in names if isinstance(x := getattr(args, name), Tensor)}
         readonly = {x.data_ptr() for name, x in inputs.items() if name not in written}
         readonly |= {x.data_ptr() for x in given}
         known: set[int] = set()

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastattn.args import AttentionArgs, KVAppendArgs
+from fastattn.args import AttentionArgs, KVAppendArgs, SamplingArgs
 from fastattn.backends import cuda
 
 MACHINES = ["emulated", "gpu"] if torch.cuda.is_available() else ["emulated"]
@@ -38,6 +38,12 @@ class Gpu:
         args.v_cache.copy_(moved.v_cache)
         return q.cpu(), seqlens.cpu()
 
+    def sample(self, args: SamplingArgs, seed: int = 1) -> Tensor:
+        return cuda.tokens_or_errors(_moved(args)).cpu()
+
+    def survivors(self, args: SamplingArgs, seed: int = 1) -> Tensor:
+        return cuda.survivors(_moved(args)).cpu()
+
     def faults(self) -> dict[str, int]:
         torch.cuda.synchronize()  # an illegal access is an error here
         return {}
@@ -49,7 +55,7 @@ class Gpu:
 def _moved(args: Any) -> Any:
     tensors = {
         name: x.cuda()
-        for name in args.__slots__
+        for name in getattr(args, "_fields", args.__slots__)
         if isinstance(x := getattr(args, name), Tensor) and name != "rng_state"
     }
-    return replace(args, **tensors)
+    return args._replace(**tensors) if isinstance(args, SamplingArgs) else replace(args, **tensors)

@@ -1,7 +1,7 @@
 // The memories of the emulated machine, and who may touch what when.
 //
 // Every access of a kernel comes through here. Shared memory has a shadow per 4-byte word, written global memory one
-// per 2 bytes: the last writer and the readers since, in epochs of the block's barriers and of each warp's. Two
+// per byte: the last writer and the readers since, in epochs of the block's barriers and of each warp's. Two
 // accesses of which one writes are ordered only by a barrier between them; that the schedule at hand did not show the
 // race does not matter.
 #pragma once
@@ -20,9 +20,17 @@ struct Conflicts {  // of one access site: 1 cycle per phase is the best there i
 
 // The last write to a place and the reads since.
 struct History {
-  static constexpr int kNobody = -1, kSeveralWarps = -2;
+  static constexpr int kNobody = -1, kSeveralWarps = -2, kAtomics = 1 << 20;  // a thread of no warp
   int writer = kNobody, reader_warp = kNobody, reader = kNobody;  // reader: kNobody also when several lanes read
   uint32_t write_epoch = 0, write_warp_epoch = 0, read_epoch = 0, read_warp_epoch = 0;
+
+  // Atomics are ordered among themselves, and race with all else.
+  bool atomic() {
+    if (writer == kAtomics && write_epoch == machine.epoch && reader_warp == kNobody) return true;
+    const bool fine = write();
+    writer = kAtomics;
+    return fine;
+  }
 
   // Whether an access by `thread` now comes after what happened at those epochs.
   static bool ordered(int by, uint32_t at, uint32_t at_warp) {
@@ -97,6 +105,20 @@ class SharedMemory {
     memcpy(&bytes_[address - base], data, bytes);
   }
 
+  uint32_t add(uint32_t address, uint32_t value, Site site) {
+    if (!inside(address, 4, site)) return 0;
+    Word& word = words_[(address - base) / 4];
+    if (word.flight != History::kNobody) machine.fault(kInFlight, "atomic on a copy in flight", site);
+    if (word.history.writer == History::kNobody)
+      machine.fault(kUninitialised, "atomic on shared memory never written", site);
+    if (!word.history.atomic()) machine.fault(kSharedRace, "shared atomic races with another access", site);
+    uint32_t before;
+    memcpy(&before, &bytes_[address - base], 4);
+    const uint32_t after = before + value;
+    memcpy(&bytes_[address - base], &after, 4);
+    return before;
+  }
+
   // A copy to these 16 bytes begins: until it is waited for nobody may touch them, and what they hold is NaN.
   void begin_copy(uint32_t address, Site site) {
     if (!inside(address, 16, site)) return;
@@ -144,7 +166,7 @@ class GlobalMemory {
   void add(const void* data, size_t bytes, bool writable) {
     if (!data || !bytes) return;
     Region region{reinterpret_cast<uintptr_t>(data), bytes, writable, {}};
-    if (writable) region.places.resize((bytes + 1) / 2);
+    if (writable) region.places.resize(bytes);
     regions_.push_back(std::move(region));
   }
   // A launch begins: what earlier ones did is done.
@@ -191,8 +213,8 @@ class GlobalMemory {
   }
 
   void touch(Region& region, const void* pointer, uint32_t bytes, bool write, Site site) {
-    const size_t first = (reinterpret_cast<uintptr_t>(pointer) - region.begin) / 2;
-    for (size_t i = first; i < first + (bytes + 1) / 2; ++i) {
+    const size_t first = reinterpret_cast<uintptr_t>(pointer) - region.begin;
+    for (size_t i = first; i < first + bytes; ++i) {
       Place& place = region.places[i];
       bool fine = place.block == History::kNobody || place.block == machine.block;
       if (write) fine &= place.reader_block == History::kNobody || place.reader_block == machine.block;

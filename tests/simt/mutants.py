@@ -25,7 +25,7 @@ class Mutant:
 
     name: str
     edits: tuple[tuple[str, str, str], ...]  # (file, old, new)
-    family: str = "forward"  # of the kernels that are built with it and looked at
+    family: str  # of the kernels that are built with it and looked at: a key of UNITS_OF
 
     def plant(self, folder: Path) -> Path:
         """A copy of csrc with the bug."""
@@ -41,10 +41,7 @@ class Mutant:
 
 def mutant(name: str, *edits: str) -> Mutant:
     """Edits as file, old, new, file, old, new, ..."""
-    return Mutant(name, tuple(zip(edits[::3], edits[1::3], edits[2::3])))
-
-
-UNITS_OF = {"forward": ("forward", "launch"), "append": ("launch",), "backward": ("backward",)}
+    return Mutant(name, tuple(zip(edits[::3], edits[1::3], edits[2::3])), FAMILY_OF.get(edits[0], "forward"))
 
 
 def backward(name: str, *edits: str) -> Mutant:
@@ -52,10 +49,19 @@ def backward(name: str, *edits: str) -> Mutant:
     return Mutant(name, tuple((BACKWARD, old, new) for old, new in zip(edits[::2], edits[1::2])), "backward")
 
 
-FLAGS = ("-O1", "-w", "-DFASTATTN_CUDA_TYPES=f16_t")  # quick to build
-FORWARD, BACKWARD, PRODUCTS, COPY, SEQUENCE, MODIFIERS = (
+# The units of the emulator's build that hold a family's kernels.
+UNITS_OF = {
+    "forward": ("forward", "launch"),
+    "products_f32": ("forward",),
+    "append": ("launch",),
+    "sampling": ("sampling",),
+    "backward": ("backward",),
+}
+FORWARD, BACKWARD, PRODUCTS, COPY, SEQUENCE, MODIFIERS, APPEND, SAMPLING, REDUCE, F32 = (
     "attention_fwd.cuh", "attention_bwd.cuh", "products.cuh", "tile_copy.cuh", "sequence.cuh", "score_modifiers.cuh",
+    "kv_append.cuh", "sampling.cuh", "sampling_reduce.cuh", "products_f32.cuh",
 )  # fmt: skip
+FAMILY_OF = {APPEND: "append", SAMPLING: "sampling", REDUCE: "sampling", F32: "products_f32"}
 ARRIVE = """    cp_async_wait<Traits::kStages - 2>();
     block_barrier();
     const int next = tile - (Traits::kStages - 1);
@@ -123,9 +129,92 @@ MUTANTS = [
            "odd ? mine.word[2 + e] : mine.word[e]"),
     mutant("dropout in the denominator", FORWARD, "    soften<may_mask>(scores);\n",
            "    if constexpr (Policy::kDropout) drop(scores, at);\n    soften<may_mask>(scores);\n"),
-    Mutant("rotary turns the wrong way", (("kv_append.cuh", "second ? partner * sin", "second ? -partner * sin"),), "append"),
-    Mutant("rotary position counts the left padding", (("kv_append.cuh", "position = end - first +", "position = end +"),), "append"),
-    Mutant("appended one place late", (("kv_append.cuh", "end + row, head)", "end + row + 1, head)"),), "append"),
+    mutant("rotary turns the wrong way", APPEND, "second ? partner * sin", "second ? -partner * sin"),
+    mutant("rotary position counts the left padding", APPEND, "position = end - first +", "position = end +"),
+    mutant("appended one place late", APPEND, "end + row, head)", "end + row + 1, head)"),
+    mutant("rotary partner on the wrong side", APPEND, "second ? d - step : d + step", "second ? d - step : d + step + 1"),
+    mutant("interleaved pairs read as halves", APPEND, "const int step = p.interleaved ? 1 : half;", "const int step = half;"),
+    mutant("rotary reaches past its dimensions", APPEND, "d >= 2 * half) return own", "d > 2 * half) return own"),
+    mutant("angles of the first position for every row", APPEND, "p.rotary_sin + position * half + pair",
+           "p.rotary_sin + (position ? 1 : 0) * half + pair"),
+    mutant("a query at the length turns by its own row", APPEND, "is_query && !p.q_per_row ? 0 : row", "row"),
+    mutant("keys take the query's position", APPEND, "is_query && !p.q_per_row ? 0 : row", "p.q_per_row ? row : 0"),
+    mutant("the cache row of the batch, not of its index", APPEND, "kv.batch_idx ? load_global(kv.batch_idx + batch) : batch",
+           "batch"),
+    mutant("append to the page of the token before", APPEND, "page = token / page_size;",
+           "page = (token ? token - 1 : 0) / page_size;"),
+    mutant("place within a page forgotten", APPEND, "token - page * page_size, head", "token % 8, head"),
+    mutant("the first sequence's block table", APPEND, "kv.block_table + batch * kv.stride_block_table + page",
+           "kv.block_table + page"),
+    mutant("values turned like keys", APPEND, "is_value ? load_global(from + d) : turned", "is_value && d > 30 ? load_global(from + d) : turned"),
+    mutant("values as long as keys", APPEND, "static_cast<int>(is_value ? p.headdim_v : p.headdim)",
+           "static_cast<int>(p.headdim)"),
+    mutant("warps without a row go on", APPEND, "if (is_value && place >= append_key_rows(p)) return;", ""),
+    mutant("query heads counted as key heads", APPEND, "is_query ? p.nheads : p.nheads_k", "p.nheads_k"),
+    mutant("q written where it came from", APPEND, "row_pointer<T>(p.q_out, batch, row, head)",
+           "row_pointer<T>(p.q, batch, row, head)"),
+
+    mutant("q rows of the other half", F32, "16 * m + 8 * half + lane / 4, chunk", "16 * m + 8 * (1 - half) + lane / 4, chunk"),
+    mutant("the last dimensions not multiplied", F32, "chunk < Traits::kChunks", "chunk < Traits::kChunks - 1"),
+    mutant("probabilities shuffled by some lanes", F32, "p[m][half] = shuffle_from(", "if (lane < 31) p[m][half] = shuffle_from("),
+    mutant("values of keys in the lanes' order", F32, "8 * n + 2 * owner + e;", "8 * n + owner + 4 * e;"),
+    mutant("even keys taken twice", F32, "probs[m][n][2 * half + e]", "probs[m][n][2 * half]"),
+    mutant("rows of a lane confused", F32, "fused_multiply_add(p[m][i / 2]", "fused_multiply_add(p[m][i % 2]"),
+
+    mutant("digits counted before the buckets are clear", SAMPLING, "    Histogram::clear();\n    block_barrier();\n",
+           "    Histogram::clear();\n"),
+    mutant("buckets read before they are full", SAMPLING,
+           "    block_barrier();\n    store_global(findings() + thread_index()", "    store_global(findings() + thread_index()"),
+    mutant("no barrier between steps", SAMPLING, "return;\n    block_barrier();", "return;"),
+    mutant("crossing read before it is written", REDUCE, "  }\n  block_barrier();\n  return {", "  }\n  return {"),
+    mutant("totals read before they are written", REDUCE, "word_at(kTotalsAt + warp), total);\n  block_barrier();",
+           "word_at(kTotalsAt + warp), total);"),
+    mutant("warps' parts read before they are written", REDUCE, "mine[i]);\n  block_barrier();", "mine[i]);"),
+    mutant("barrier of the first warp's threads", REDUCE, "mine[i]);\n  block_barrier();",
+           "mine[i]);\n  if (warp == 0) block_barrier();"),
+    mutant("low words that wrap carry nothing", REDUCE, " + (before + added < before)", ""),
+    mutant("the high words left out", REDUCE, "(static_cast<uint64_t>(load_shared4(low + kWords * 4)) << 32)",
+           "(static_cast<uint64_t>(load_shared4(low + kWords * 4)) << 31)"),
+    mutant("a bucket's copies in one bank", REDUCE, "(i + bucket / 4) % kCopies", "i"),
+    mutant("one copy too few", REDUCE, "for (int i = 0; i < kCopies; ++i) {", "for (int i = 1; i < kCopies; ++i) {"),
+    mutant("the target itself is above", REDUCE, "above < target && target <= above + own",
+           "above <= target && target < above + own"),
+    mutant("weights above of the lower half", REDUCE, "if (!(lane & mask)) above", "if (lane & mask) above"),
+    mutant("later warps' totals forgotten", REDUCE, "int w = warp + 1; w < kSampleWarps", "int w = warp + 1; w < warp"),
+    mutant("the larger id among equals", SAMPLING, "<< kIdBits | (kIdMask - static_cast<uint32_t>(id))",
+           "<< kIdBits | static_cast<uint32_t>(id)", SAMPLING,
+           "static_cast<int>(kIdMask - (static_cast<uint32_t>(rank) & kIdMask))",
+           "static_cast<int>(static_cast<uint32_t>(rank) & kIdMask)"),
+    mutant("negative zero below zero", SAMPLING, "to_float(load_global(logits_ + id)) + 0.0f", "to_float(load_global(logits_ + id))"),
+    mutant("reads past the row", SAMPLING, "x[i] = id < end ? to", "x[i] = id < end + 1 ? to"),
+    mutant("the last tokens of a slice left out", SAMPLING, "x[i] = id < end ? to", "x[i] = id < end - 1 ? to"),
+    mutant("blocks take the same slice", SAMPLING, "first = block_ * p_.slice", "first = 0 * p_.slice"),
+    mutant("only the first block is heard", SAMPLING, "for (int block = 0; block < p_.blocks; ++block) {\n      uint64_t one",
+           "for (int block = 0; block < 1; ++block) {\n      uint64_t one"),
+    mutant("the board's sides are not taken by turns", SAMPLING, "number % 2", "0 * number"),
+    mutant("rows share a board", SAMPLING, "(int64_t{row_} * 2 + number % 2)", "(number % 2)"),
+    mutant("top_k counts what it has ruled out", SAMPLING, "s->target -= crossing.above", "s->target -= 0"),
+    mutant("mass of what top_k dropped", SAMPLING, "if (rank_of(x[i], id + 32 * i) >= s.cut) total[0]",
+           "if (x[i] > kMinusInfinity) total[0]"),
+    mutant("ties kept by halves", SAMPLING, "s->target = (s->target + weight - 1)", "s->target = s->target"),
+    mutant("tokens without mass kept beside the last that has some", SAMPLING,
+           "!s->by_mass && s->target == crossing.weight", "s->target == crossing.weight"),
+    mutant("the cut of top_p replaces that of top_k", SAMPLING, "rank > s->cut ? rank : s->cut", "rank"),
+    mutant("top_p left out after top_k", SAMPLING, "      filter_nucleus(s);\n  }\n\n  const SampleParams", "      s->stage = draw();\n  }\n\n  const SampleParams"),
+    mutant("min_p forgotten in the draw", SAMPLING, " || log_odds(logit, s.max) < log_min_p) continue", ") continue"),
+    mutant("min_p on the wrong side", SAMPLING, "!(log_odds(x[i], s.max) < log_min_p)", "!(log_odds(x[i], s.max) <= log_min_p)"),
+    mutant("every token pays its own clock", SAMPLING, "if (!has_least_clock(token, group.word[2])) {", "{"),
+    mutant("noise of the place, not of the token", SAMPLING, "noise.block(token, kTokenDomain)", "noise.block(token % 256, kTokenDomain)"),
+    mutant("a bound of the noise that is too low", SAMPLING, "fused_multiply_add(v * v, 0.5f, v) / kNoiseGroup",
+           "fused_multiply_add(v * v, 0.5f, v + 0.1f) / kNoiseGroup"),
+    mutant("a group bounded by its first token", SAMPLING, "top = maximum(top, x[i]);", "top = x[0];"),
+    mutant("seed of the first row", SAMPLING, "p_.seeds.of(row_)", "p_.seeds.of(0)"),
+    mutant("position without its upper half", SAMPLING, "static_cast<uint64_t>(p_.positions.of(row_))",
+           "static_cast<uint64_t>(p_.positions.of(row_)) & 0xffffffff"),
+    mutant("infinity taken for a logit", SAMPLING, "found[3] |= x[i] != x[i] ? 1u : 2u;", "found[3] |= x[i] != x[i] ? 1u : 0u;"),
+    mutant("greedy rows are drawn", SAMPLING, "temperature_ == 0.0 || top_k == 1", "top_k == 1"),
+    mutant("kept bytes past the row", SAMPLING, "if (id + 32 * i < p_.vocab) {", "{"),
+
     backward("no barrier after a tile's wait", "    block_barrier();\n", ""),
     backward("gradients: waits for a group too few", "cp_async_wait<Traits::kStages - 2>()", "cp_async_wait<Traits::kStages - 1>()"),
     backward("gradients: the next tile overwrites this one", "send(stage == 0 ? Traits::kStages - 1 : stage - 1, next)",
@@ -160,7 +249,11 @@ CORE = {
     "barrier under a thread condition", "swapped fragments of V", "accumulator not scaled down", "stale maximum",
     "a boundary tile counts as open", "off by one at the end of a split", "keys beyond the sequence are copied",
     "columns past headdim not zeroed", "the page of the token before", "lost swizzle", "causal edge off by one",
-    "appended one place late",
+    "appended one place late", "rotary turns the wrong way", "append to the page of the token before",
+    "warps without a row go on", "digits counted before the buckets are clear", "no barrier between steps",
+    "barrier of the first warp's threads", "low words that wrap carry nothing", "the target itself is above",
+    "the larger id among equals", "reads past the row", "mass of what top_k dropped",
+    "values of keys in the lanes' order",
     "no barrier after a tile's wait", "gradients: the next tile overwrites this one", "statistics land after the barrier",
     "gradients: swapped fragments of a key", "delta forgotten", "dK unscaled", "dropped probabilities reach dV",
     "a boundary tile of keys counts as open", "a boundary tile of rows counts as open", "the last tile of rows skipped",
@@ -168,18 +261,16 @@ CORE = {
 }  # fmt: skip
 
 
-def witnesses(mutant: Mutant | None, bindings: Path, folder: Path) -> list[str]:
-    """The checks that see something wrong, in the order of their names."""
-    from simt.emulator import Emulator, compile_units, link
+def witnesses(family: str, bindings: Path, folder: Path, bug: Mutant | None = None) -> list[str]:
+    """The checks of a family that see something wrong, in the order of their names."""
+    from simt.emulator import CSRC, Emulator, compile_units, link
     from simt.probes import PROBES
 
     objects = dict(healthy_units(bindings))
-    families = list(PROBES)
-    if mutant is not None:
-        families = [mutant.family]
-        objects |= compile_units(folder, mutant.plant(folder), (64,), FLAGS, UNITS_OF[mutant.family])
-    emulator = Emulator(link(folder, bindings, objects))
-    return sorted(set().union(*(PROBES[family](emulator) for family in families)))
+    if bug is not None or family == "products_f32":
+        csrc = CSRC if bug is None else bug.plant(folder)
+        objects |= compile_units(folder, csrc, (64,), _flags(family), UNITS_OF[family])
+    return sorted(PROBES[family](Emulator(link(folder, bindings, objects))))
 
 
 @functools.cache
@@ -189,7 +280,14 @@ def healthy_units(bindings: Path) -> dict[str, Path]:
 
     folder = bindings.parent / "healthy"
     folder.mkdir()
-    return compile_units(folder, headdims=(64,), flags=FLAGS)
+    return compile_units(folder, headdims=(64,), flags=_flags("forward"))
+
+
+def _flags(family: str) -> tuple[str, ...]:
+    """Quick to build: one dtype."""
+    if family == "products_f32":
+        return ("-O0", "-w", "-DFASTATTN_CUDA_TYPES=float")
+    return ("-O1", "-w", "-DFASTATTN_CUDA_TYPES=f16_t")
 
 
 def main() -> None:
@@ -198,17 +296,25 @@ def main() -> None:
 
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--save", action="store_true")
-    save = parser.parse_args().save
+    parser.add_argument("--family", choices=[*UNITS_OF], help="of the others only those that are new")
+    options = parser.parse_args()
+    known = json.loads(TABLE.read_text()) if options.family else {}
     table = {}
     with tempfile.TemporaryDirectory() as name:
         bindings = compile_bindings(Path(name))
-        assert witnesses(None, bindings, Path(name)) == []
+        for family in [options.family] if options.family else UNITS_OF:
+            folder = Path(name) / family
+            folder.mkdir()
+            assert witnesses(family, bindings, folder) == [], family
         for number, bug in enumerate(MUTANTS):
+            if bug.name in known and bug.family != options.family:
+                table[bug.name] = known[bug.name]
+                continue
             folder = Path(name) / str(number)
             folder.mkdir()
-            table[bug.name] = witnesses(bug, bindings, folder)
+            table[bug.name] = witnesses(bug.family, bindings, folder, bug)
             print(f"{bug.name}: {', '.join(table[bug.name]) or 'SURVIVED'}", flush=True)
-    if save:
+    if options.save:
         TABLE.write_text(json.dumps(table, indent=1) + "\n")
 
 

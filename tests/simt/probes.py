@@ -2,31 +2,33 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
+from itertools import islice
 
 import torch
 from oracles import attention64
 from simt.emulator import Emulator
 from torch import Tensor
 
-from fastattn.args import AttentionArgs, KVAppendArgs
+from fastattn.args import AttentionArgs, KVAppendArgs, SamplingArgs
 from fastattn.backends import cpu, reference
 
 HALF = torch.float16
 
 
 def _tensors(
-    batch: int, seqlen_q: int, seqlen_k: int, nheads: int, nheads_k: int, headdim: int
+    dtype: torch.dtype, batch: int, seqlen_q: int, seqlen_k: int, nheads: int, nheads_k: int, headdim: int
 ) -> list[Tensor]:
     shapes = ((batch, seqlen_q, nheads, headdim), *2 * ((batch, seqlen_k, nheads_k, headdim),))
-    return [torch.randn(*shape).to(HALF) for shape in shapes]
+    return [torch.randn(*shape).to(dtype) for shape in shapes]
 
 
 def _args(q: Tensor, k: Tensor, v: Tensor, **call: object) -> AttentionArgs:
     return AttentionArgs(q=q, k=k, v=v, softmax_scale=q.shape[3] ** -0.5, return_lse=True, **call)  # type: ignore[arg-type]
 
 
-def _calls() -> Iterator[tuple[AttentionArgs, Tensor, Tensor]]:
+def _calls(dtype: torch.dtype) -> Iterator[tuple[AttentionArgs, Tensor, Tensor]]:
     """Calls with the float64 truth, out and lse."""
     for seqlen_q, seqlen_k, nheads, call in (
         (197, 197, 2, {"causal": True}),
@@ -37,11 +39,11 @@ def _calls() -> Iterator[tuple[AttentionArgs, Tensor, Tensor]]:
         (3, 1100, 4, {"sinks": torch.randn(4) + 5, "causal": True}),
         (70, 64, 2, {"sinks": torch.randn(2)}),
     ):  # fmt: skip
-        q, k, v = _tensors(1, seqlen_q, seqlen_k, nheads, 1, 64)
+        q, k, v = _tensors(dtype, 1, seqlen_q, seqlen_k, nheads, 1, 64)
         yield _args(q, k, v, **call), *attention64(q, k, v, **call)
-    q, k, v = _tensors(1, 70, 100, 1, 1, 40)
+    q, k, v = _tensors(dtype, 1, 70, 100, 1, 1, 40)
     yield _args(q, k, v), *attention64(q, k, v)
-    q, k, v = _tensors(1, 20, 300, 2, 2, 64)
+    q, k, v = _tensors(dtype, 1, 20, 300, 2, 2, 64)
     pages = {name: x[0, 7:295].view(18, 16, 2, 64).flip(0) for name, x in (("k", k), ("v", v))}
     table, begin, end = (
         torch.arange(17, -1, -1, dtype=torch.int32)[None],
@@ -51,7 +53,7 @@ def _calls() -> Iterator[tuple[AttentionArgs, Tensor, Tensor]]:
     paged = {"block_table": table, "k_leftpad": begin.int(), "seqlens_k": end.int(), "causal": True}
     yield _args(q, pages["k"], pages["v"], **paged), *attention64(q, k[:, 12:295], v[:, 12:295], causal=True)
     packed, lengths = torch.tensor([0, 30, 130], dtype=torch.int32), ((0, 30), (30, 130))
-    q, k, v = _tensors(1, 130, 130, 2, 1, 64)
+    q, k, v = _tensors(dtype, 1, 130, 130, 2, 1, 64)
     parts = [attention64(*(x[:, a:b] for x in (q, k, v)), causal=True) for a, b in lengths]
     call = {
         "cu_seqlens_q": packed,
@@ -65,7 +67,7 @@ def _calls() -> Iterator[tuple[AttentionArgs, Tensor, Tensor]]:
         torch.cat([out for out, _ in parts], 1),
         torch.cat([lse[0] for _, lse in parts], 1),
     )
-    q, k, v = _tensors(1, 40, 64, 2, 1, 64)
+    q, k, v = _tensors(dtype, 1, 40, 64, 2, 1, 64)
     dropped = _args(q, k, v, dropout_p=0.5, rng_state=torch.tensor([5, 6]))
     out, lse = reference.attention(dropped)
     assert lse is not None
@@ -74,9 +76,20 @@ def _calls() -> Iterator[tuple[AttentionArgs, Tensor, Tensor]]:
 
 def forward_complaints(emulator: Emulator) -> set[str]:
     """The names of the checks that fail: "values", "bank conflicts", "schedule", or a fault's."""
+    return _attention_complaints(emulator, HALF)
+
+
+def float_complaints(emulator: Emulator) -> set[str]:
+    """As above, in float32."""
+    return _attention_complaints(emulator, torch.float32)
+
+
+def _attention_complaints(emulator: Emulator, dtype: torch.dtype) -> set[str]:
     torch.manual_seed(0)
     seen: set[str] = set()
-    for args, truth, lse64 in _calls():
+    tolerance = 4e-3 if dtype == HALF else 2e-5
+    calls = _calls(dtype) if dtype == HALF else islice(_calls(dtype), 2)  # all else is the 16-bit kernel's
+    for args, truth, lse64 in calls:
         results = []
         for seed, landing in ((0, "at issue"), (1, "at wait"), (2, "between"), (3, "at wait")):
             out, lse = emulator.attention(args, seed, landing)
@@ -85,7 +98,7 @@ def forward_complaints(emulator: Emulator) -> set[str]:
             seen |= set(emulator.faults())
             if emulator.bank_factor() > 1:
                 seen.add("bank conflicts")
-            if not _close(out, truth, 4e-3) or not _close(lse, lse64, 1e-3):
+            if not _close(out, truth, tolerance) or not _close(lse, lse64, min(tolerance, 1e-3)):
                 seen.add("values")
         first, *others = results
         if not all(torch.equal(a, b) for other in others for a, b in zip(first, other)):
@@ -93,26 +106,105 @@ def forward_complaints(emulator: Emulator) -> set[str]:
     return seen
 
 
+def _appends() -> Iterator[dict[str, Tensor | bool]]:
+    """Calls without their caches of 2 rows of 53 tokens, or 8 pages of 16. 3 queries of 3 heads, 2 new tokens: a warp is left over."""
+    angle = torch.rand(60, 32) * 6
+    lengths = {"cache_seqlens": torch.tensor([50, 17], dtype=torch.int32)}
+    whole = {"rotary_cos": angle.cos(), "rotary_sin": angle.sin()}
+    part = {name: x[:, :11].contiguous() for name, x in whole.items()}
+    pages = torch.tensor([[3, 0, 6, 1], [5, 2, 7, 4]], dtype=torch.int32)
+    yield (
+        lengths | whole | {"rotary_interleaved": False, "k_leftpad": torch.tensor([5, 0], dtype=torch.int32)}
+    )
+    yield (
+        lengths
+        | part
+        | {"rotary_interleaved": True, "cache_batch_idx": torch.tensor([1, 0], dtype=torch.int32)}
+    )
+    paged = {"block_table": pages, "cache_seqlens": torch.tensor([47, 16], dtype=torch.int32)}
+    yield part | paged | {"rotary_interleaved": False, "rotary_per_row": False}
+    yield lengths
+
+
 def append_complaints(emulator: Emulator) -> set[str]:
     """As above."""
     torch.manual_seed(0)
-    q, k, v = _tensors(1, 3, 3, 3, 1, 64)  # 15 rows: one warp has none
-    angle = torch.rand(60, 32) * 6
-    call = {"rotary_cos": angle.cos(), "rotary_sin": angle.sin(), "rotary_interleaved": False}
-    call |= {"cache_seqlens": torch.tensor([50]).int(), "k_leftpad": torch.tensor([5]).int()}
-    caches = [torch.randn(1, 53, 1, 64).to(HALF) for _ in range(4)]
-    caches[2:] = [x.clone() for x in caches[:2]]
-    found, wanted = (
-        KVAppendArgs(q=q, k=k, v=v, k_cache=caches[i], v_cache=caches[i + 1], **call)  # type: ignore[arg-type]
-        for i in (0, 2)
-    )
-    turned, _ = emulator.append_kv(found)
-    expected, _ = reference.append_kv(wanted)
-    seen = set(emulator.faults())
-    for x, y in ((turned, expected), (found.k_cache, wanted.k_cache), (found.v_cache, wanted.v_cache)):
-        if not _close(x, y.double(), 4e-3):
-            seen.add("values")
+    seen: set[str] = set()
+    for call in _appends():
+        room = (8, 16) if "block_table" in call else (2, 53)
+        q, k, v = (torch.randn(2, *shape).to(HALF) for shape in ((3, 3, 64), (2, 1, 64), (2, 1, 40)))
+        caches = [torch.randn(*room, 1, d).to(HALF) for d in (64, 40)]
+        found, wanted = (
+            KVAppendArgs(q=q, k=k, v=v, k_cache=caches[0].clone(), v_cache=caches[1].clone(), **call)  # type: ignore[arg-type]
+            for _ in range(2)
+        )
+        turned, lengths = emulator.append_kv(found)
+        expected, wanted_lengths = reference.append_kv(wanted)
+        seen |= set(emulator.faults())
+        for x, y in ((turned, expected), (found.k_cache, wanted.k_cache), (found.v_cache, wanted.v_cache)):
+            if not _close(x, y.double(), 4e-3):
+                seen.add("values")
+        assert torch.equal(lengths, wanted_lengths)
     return seen
+
+
+def sampling_args(logits: Tensor, **parameters: object) -> SamplingArgs:
+    """Everything off but what is given."""
+    off = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "seeds": 0, "positions": 0}
+    return SamplingArgs(logits, **(off | parameters))  # type: ignore[arg-type]
+
+
+def _draws() -> Iterator[SamplingArgs]:
+    logits = torch.randn(3, 700) * 2
+    logits[1, ::3] = -math.inf
+    logits[2] = (2 * logits[2]).round() / 2
+    seeds = {"seeds": torch.tensor([5, -7, 1 << 40]), "positions": torch.tensor([0, 1 << 33, 3])}
+    for call in (
+        {"temperature": 0.7}, {"temperature": 0.0}, {"temperature": math.inf}, {"top_k": 7}, {"top_p": 0.8},
+        {"top_p": 0.9999, "temperature": 3.0}, {"min_p": 0.3, "temperature": 4.0},
+        {"top_k": torch.tensor([20, 400, 150]), "top_p": 0.9, "min_p": 0.01},
+    ):  # fmt: skip
+        yield sampling_args(logits, **seeds, **call)
+    steps = torch.arange(1, 25)
+    ties = torch.tensor([1.0, 0.0, 2.0, -math.inf, 1.0, -0.0, 2.0, 1.0]).repeat(5)[None].expand(24, 40)
+    yield sampling_args(ties, top_k=steps, temperature=4.0, seeds=steps)
+    yield sampling_args(ties, top_p=(steps / 25.0).double(), temperature=4.0, seeds=steps)
+    yield sampling_args(torch.tensor([[3.4e38, -3.4e38, 1e-45, 0.0]]), temperature=1e30, top_p=0.9)
+    yield sampling_args(ties, min_p=1.0, temperature=4.0, seeds=steps)
+    yield sampling_args(torch.tensor([[100.0, 65.0, 1.0]]), top_p=1.0 - 1e-13)  # 65 weighs nothing
+    yield sampling_args(torch.zeros(1, 700), top_k=299, top_p=0.9999)
+    wide = torch.randn(2, 9000)  # several blocks a row
+    wide[1, 8999] = 5.0
+    yield sampling_args(wide.bfloat16()[:, 3:], top_k=60, top_p=0.9, temperature=1.3, seeds=steps[:2])
+    yield sampling_args(wide, seeds=steps[1:3], temperature=2.0)
+
+
+def sampling_complaints(emulator: Emulator) -> set[str]:
+    """As above; the truth is the CPU's tokens."""
+    torch.manual_seed(0)
+    seen: set[str] = set()
+    for args in _draws():
+        tokens = [emulator.sample(args, seed) for seed in (0, 1)]
+        seen |= set(emulator.faults())
+        if emulator.bank_factor() > 1:
+            seen.add("bank conflicts")
+        if not torch.equal(*tokens):
+            seen.add("schedule")
+        if not torch.equal(tokens[0], cpu.sample(args)[0]):
+            seen.add("tokens")
+        asked = args._replace(survivors=True)
+        if not torch.equal(emulator.survivors(asked, 2), cpu.survivors(asked)):
+            seen.add("kept sets")
+        seen |= set(emulator.faults())
+    broken = torch.randn(4, 600)
+    broken[0, 599], broken[1, 300], broken[2] = math.nan, math.inf, -math.inf
+    tokens = emulator.sample(sampling_args(broken, top_p=0.5))
+    if (
+        tokens[:3].tolist() != [-1, -2, -3]
+        or tokens[3] != cpu.sample(sampling_args(broken[3:], top_p=0.5))[0]
+    ):
+        seen.add("errors")
+    return seen | set(emulator.faults())
 
 
 def backward_complaints(emulator: Emulator) -> set[str]:
@@ -129,7 +221,7 @@ def backward_complaints(emulator: Emulator) -> set[str]:
         (70, 64, 2, dropout),
         (130, 130, 1, {"cu_seqlens_q": packed, "cu_seqlens_k": packed, "max_seqlen_q": 100, "max_seqlen_k": 100}),
     ):  # fmt: skip
-        q, k, v = _tensors(1, seqlen_q, seqlen_k, nheads, 1, 64)
+        q, k, v = _tensors(HALF, 1, seqlen_q, seqlen_k, nheads, 1, 64)
         wide = _args(q.double(), k.double(), v.double(), **call)
         out64, lse64 = cpu.attention(wide)
         assert lse64 is not None
@@ -158,4 +250,10 @@ def _close(found: Tensor, truth: Tensor, tolerance: float) -> bool:
     return torch.allclose(found.double(), truth, rtol=tolerance, atol=tolerance)
 
 
-PROBES = {"forward": forward_complaints, "append": append_complaints, "backward": backward_complaints}
+PROBES = {
+    "forward": forward_complaints,
+    "products_f32": float_complaints,
+    "append": append_complaints,
+    "sampling": sampling_complaints,
+    "backward": backward_complaints,
+}

@@ -43,16 +43,29 @@ inline void warp_barrier(simt::Site site = simt::here()) {
 }
 
 template <class V>
-V shuffle_xor(V value, int mask, simt::Site site = simt::here()) {
+V shuffle_from(V value, int lane, simt::Site site = simt::here()) {
   simt::Warp& warp = simt::machine.warp();
-  const int lane = simt::machine.lane();
-  memcpy(warp.in[lane], &value, sizeof value);
+  memcpy(warp.in[simt::machine.lane()], &value, sizeof value);
   simt::machine.collective(site, [](simt::Warp& w) { memcpy(w.out, w.in, sizeof w.in); });
-  memcpy(&value, warp.out[lane ^ mask], sizeof value);
+  memcpy(&value, warp.out[lane], sizeof value);
   return value;
+}
+template <class V>
+V shuffle_xor(V value, int mask, simt::Site site = simt::here()) {
+  return shuffle_from(value, simt::machine.lane() ^ mask, site);
 }
 
 // ---------------------------------------------------------------- numbers
+inline float float_of_bits(uint32_t bits) {
+  float x;
+  memcpy(&x, &bits, 4);
+  return x;
+}
+inline uint32_t bits_of_float(float x) {
+  uint32_t bits;
+  memcpy(&bits, &x, 4);
+  return bits;
+}
 inline float to_float(float x) { return x; }
 inline float to_float(bf16_t x) {
   const uint32_t bits = static_cast<uint32_t>(x.bits) << 16;
@@ -100,6 +113,8 @@ inline float log2_approx(float x) { return flush(std::log2(flush(x))); }
 inline float reciprocal_approx(float x) { return flush(1 / flush(x)); }
 inline float maximum(float a, float b) { return std::fmax(a, b); }
 inline float absolute(float a) { return std::fabs(a); }
+inline int leading_zeros(uint64_t x) { return __builtin_clzll(x); }
+inline double logarithm(double x) { return std::log(x); }
 inline float fused_multiply_add(float a, float b, float c) { return std::fma(a, b, c); }
 
 // ---------------------------------------------------------------- shared memory
@@ -120,6 +135,27 @@ inline Float2 load_shared_pair(uint32_t address, simt::Site site = simt::here())
 inline void store_shared_pair(uint32_t address, Float2 pair, simt::Site site = simt::here()) {
   simt::banks.access(site, address, 8);
   simt::shared.write(address, &pair, 8, site);
+}
+
+inline void store_shared8(uint32_t address, uint64_t value, simt::Site site = simt::here()) {
+  simt::banks.access(site, address, 8);
+  simt::shared.write(address, &value, 8, site);
+}
+inline uint32_t load_shared4(uint32_t address, simt::Site site = simt::here()) {
+  uint32_t value;
+  simt::banks.access(site, address, 4);
+  simt::shared.read(address, &value, 4, site);
+  return value;
+}
+inline uint64_t load_shared8(uint32_t address, simt::Site site = simt::here()) {
+  uint64_t value;
+  simt::banks.access(site, address, 8);
+  simt::shared.read(address, &value, 8, site);
+  return value;
+}
+// Where atomics go depends on data: their bank conflicts are not counted.
+inline uint32_t add_shared4(uint32_t address, uint32_t value, simt::Site site = simt::here()) {
+  return simt::shared.add(address, value, site);
 }
 
 template <bool kTrans>

@@ -1,0 +1,77 @@
+// The two products of attention on floats, by FMAs on the lanes of a warp: in the tensor core's layout of results, so
+// that all between and around them is the 16-bit kernel's.
+#pragma once
+
+#include "cuda/products.cuh"
+#include "cuda/score_modifiers.cuh"
+
+namespace fastattn {
+namespace {
+
+// S = Q K^T: each lane's rows by each lane's keys, four dimensions at a time.
+template <class Traits>
+FASTATTN_DEVICE void multiply_keys_f32(ScoreTile<Traits>& scores, uint32_t queries, int warp_row, uint32_t keys) {
+  const int lane = thread_index() % 32;
+  clear(scores);
+#pragma unroll 2
+  for (int chunk = 0; chunk < Traits::kChunks; ++chunk) {
+    uint32_t q[Traits::kRowTiles][2][4];  // (rows, 4 dims)
+#pragma unroll
+    for (int m = 0; m < Traits::kRowTiles; ++m)
+#pragma unroll
+      for (int half = 0; half < 2; ++half)
+        load_shared16(q[m][half],
+                      queries + chunk_offset<Traits::kRows>(warp_row + 16 * m + 8 * half + lane / 4, chunk));
+#pragma unroll
+    for (int n = 0; n < Traits::kKeys / 8; ++n)
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        uint32_t k[4];  // (4 dims)
+        load_shared16(k, keys + chunk_offset<Traits::kKeys>(8 * n + lane % 4 * 2 + e, chunk));
+#pragma unroll
+        for (int m = 0; m < Traits::kRowTiles; ++m)
+#pragma unroll
+          for (int half = 0; half < 2; ++half)
+#pragma unroll
+            for (int d = 0; d < 4; ++d) {
+              float& s = scores[m][n][2 * half + e];
+              s = fused_multiply_add(float_of_bits(q[m][half][d]), float_of_bits(k[d]), s);
+            }
+      }
+  }
+}
+
+// O += P V: key after key, whose probabilities come from the lane of each row's four that has them.
+template <class Traits>
+FASTATTN_DEVICE void multiply_values_f32(float (&out)[Traits::kRowTiles][Traits::kDim / 8][4],
+                                         const ScoreTile<Traits>& probs, uint32_t values) {
+  const int lane = thread_index() % 32;
+#pragma unroll
+  for (int n = 0; n < Traits::kKeys / 8; ++n)
+#pragma unroll
+    for (int e = 0; e < 2; ++e)
+#pragma unroll 1
+      for (int owner = 0; owner < 4; ++owner) {
+        float p[Traits::kRowTiles][2];  // (rows)
+#pragma unroll
+        for (int m = 0; m < Traits::kRowTiles; ++m)
+#pragma unroll
+          for (int half = 0; half < 2; ++half)
+            p[m][half] = shuffle_from(probs[m][n][2 * half + e], lane / 4 * 4 + owner);
+        const int key = 8 * n + 2 * owner + e;
+#pragma unroll
+        for (int d = 0; d < Traits::kDim / 8; ++d) {
+          const uint64_t pair = load_shared8(values + chunk_offset<Traits::kKeys>(key, 2 * d + lane % 4 / 2) +
+                                             static_cast<uint32_t>(lane % 2 * 8));
+          const float v[2] = {float_of_bits(static_cast<uint32_t>(pair)),
+                              float_of_bits(static_cast<uint32_t>(pair >> 32))};
+#pragma unroll
+          for (int m = 0; m < Traits::kRowTiles; ++m)
+#pragma unroll
+            for (int i = 0; i < 4; ++i) out[m][d][i] = fused_multiply_add(p[m][i / 2], v[i % 2], out[m][d][i]);
+        }
+      }
+}
+
+}  // namespace
+}  // namespace fastattn
