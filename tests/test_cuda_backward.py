@@ -13,6 +13,7 @@ from fastattn.backends import cpu
 CASES = all_pairs(
     AXES
     | {
+        "dtype": [torch.float16, torch.bfloat16],
         "lengths": [(1, 1), (1, 97), (97, 97), (70, 133), (133, 70), (5, 0)],
         "dropout": [0.0, 0.0, 0.3],
     },
