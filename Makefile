@@ -1,5 +1,6 @@
 # make demo    set up and let a real model write text        make test    set up and run the tests
 # make lint    ruff, mypy, clang-format                       make bench   the benchmarks, into benchmarks/results/
+# make test-slow  every planted bug, a quarter of an hour
 # make test-gpu   the CUDA kernels' tests on a GPU      make bench-gpu   its benchmarks
 # make test-gemma   the real Gemma 3 270M: fetches 250 MB
 # make clean   remove what the others made
@@ -10,7 +11,7 @@ PIP = $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 SOURCES = $(shell git ls-files csrc '*.cpp' '*.h' CMakeLists.txt setup.py)
 CPP = $(shell git ls-files '*.cpp' '*.h' '*.inc' '*.cu' '*.cuh')
 
-.PHONY: demo test test-gpu test-gemma lint bench bench-gpu clean build
+.PHONY: demo test test-slow test-gpu test-gemma lint bench bench-gpu clean build
 .DELETE_ON_ERROR:
 
 demo: build
@@ -19,7 +20,11 @@ demo: build
 	  "In three short sentences, explain what attention does in a language model."
 
 test: build $(VENV)/.test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m "not slow"
+
+# Every planted bug; `make test` plants one of each kind.
+test-slow: build $(VENV)/.test
+	$(BIN)/python -m pytest -m slow
 
 # What CI runs in an emulator, on the real thing; and compute-sanitizer over it, where there is one.
 test-gpu: build $(VENV)/.test

@@ -279,7 +279,7 @@ def test_dtypes_and_devices_without_a_kernel(monkeypatch):
     model = build("LLaMA").to("meta")
     before = state_of(model)
     with pytest.raises(
-        NotImplementedError, match=r"no kernel for .*, float32 on meta .cpu: lacks device 'meta'"
+        NotImplementedError, match=r"no kernel for .*, float32 on meta .*cpu: lacks device 'meta'"
     ):
         enable(model)
     assert state_of(model) == before

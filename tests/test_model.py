@@ -222,7 +222,7 @@ CONFIG_ERRORS = {
         ["BertModel"],
         "expected one of LlamaForCausalLM, .*, GPT2LMHeadModel, .*, got 'BertModel'",
     ),
-    "num_hidden_layers": (0, r"expected an integer in \[1, 2147483647\], got 0"),
+    "num_hidden_layers": (0, r"expected an integer in \[1, 65536\], got 0"),
     "num_attention_heads": (5, "expected a divisor of num_attention_heads=5, got 2"),
     "num_key_value_heads": (4, "expected a divisor of num_attention_heads=6, got 4"),
     "head_dim": (7, "expected an even number for rotary embedding, got 7"),
