@@ -1,6 +1,6 @@
 # make demo    set up and let a real model write text        make test    set up and run the tests
 # make lint    ruff, mypy, clang-format                       make bench   the benchmarks, into benchmarks/results/
-# make test-slow  every planted bug, a quarter of an hour
+# make test-slow  the other planted bugs, minutes
 # make test-gpu   the CUDA kernels' tests on a GPU      make bench-gpu   its benchmarks
 # make test-gemma   the real Gemma 3 270M: fetches 250 MB
 # make clean   remove what the others made
@@ -22,7 +22,7 @@ demo: build
 test: build $(VENV)/.test
 	$(BIN)/python -m pytest -m "not slow"
 
-# Every planted bug; `make test` plants one of each kind.
+# The planted bugs that are not one of each kind, which `make test` plants.
 test-slow: build $(VENV)/.test
 	$(BIN)/python -m pytest -m slow
 
