@@ -35,6 +35,8 @@ enum Arg {
   kArgs
 };
 
+constexpr int64_t kBriefLogits = int64_t{1} << 16;  // below, a call takes microseconds
+
 bool is_vector(const DLTensor& t, int64_t size) {
   return t.ndim == 1 && t.shape[0] == size && (size == 1 || t.strides[0] == 1);
 }
@@ -181,25 +183,6 @@ struct Edits {
   }
 };
 
-// A fresh (batch,) int64, like the last one if that had the same size. Null where Python has an exception set, or the
-// default device is another.
-PyObject* make_tokens(int64_t batch, DLTensor* view) {
-  Binding& b = binding();
-  if (!b.tokens || b.tokens_batch != batch) {
-    PyObject* size = PyLong_FromLongLong(batch);
-    PyObject* made = size ? PyObject_CallOneArg(b.empty_tokens, size) : nullptr;
-    Py_XDECREF(size);
-    if (!made) return nullptr;
-    Py_XDECREF(b.tokens);
-    b.tokens = made;
-    b.tokens_batch = batch;
-  }
-  PyObject* out = PyObject_CallOneArg(b.empty_like, b.tokens);
-  if (out && read_tensor(out, view) && is_vector(*view, batch) && has_dtype(*view, kDLInt, 64)) return out;
-  Py_XDECREF(out);
-  return nullptr;
-}
-
 // Fresh seeds from torch's global generator, in place.
 bool draw_seeds(PyObject* tensor) {
   const Binding& b = binding();
@@ -246,7 +229,7 @@ struct Logprobs {
 // The tokens; null where the call is not plain, a row cannot be drawn from, or Python has an exception set.
 PyObject* draw(PyObject* const* args) {
   SamplingParams p{};
-  DLTensor logits, out;
+  DLTensor logits;
   if (!read_tensor(args[kLogits], &logits) || logits.ndim != 2 || !is_float(logits.dtype, &p.dtype) ||
       p.dtype == DType::f64)
     return nullptr;
@@ -274,18 +257,18 @@ PyObject* draw(PyObject* const* args) {
   p.nthreads = static_cast<int>(PyLong_AsLong(args[kNthreads]));
   Logprobs logprobs;
   if (!logprobs.make(args[kLogprobs], &p)) return nullptr;
-  PyObject* tokens = make_tokens(batch, &out);
+  PyObject* tokens = make_integers(batch, &p.tokens);
   if (!tokens) return nullptr;
-  p.tokens = static_cast<int64_t*>(data_of(out));
   bool drawn = true;
   if (args[kSeeds] == Py_None) {  // a row's seed is read before its token is written
     drawn = draw_seeds(tokens);
     p.seeds = {p.tokens, 1};
   }
   if (drawn) {
-    Py_BEGIN_ALLOW_THREADS;
+    // Releasing the interpreter and taking it again costs 0.1 us: as much as reading a few thousand logits.
+    PyThreadState* released = batch * vocab >= kBriefLogits ? PyEval_SaveThread() : nullptr;
     kernels().sample(p);
-    Py_END_ALLOW_THREADS;
+    if (released) PyEval_RestoreThread(released);
     for (int64_t row = 0; row < batch; ++row) drawn = drawn && p.tokens[row] >= 0;
   }
   PyObject* result = nullptr;

@@ -1,6 +1,7 @@
 #include "plain_tensor.h"
 
 #include <cmath>
+#include <cstdlib>
 
 namespace fastattn {
 
@@ -84,6 +85,31 @@ PyObject* make_out(PyObject* object, const HeadRows& q, int64_t headdim_v, bool 
   PyObject* out = shape ? PyObject_CallMethodOneArg(object, b.new_empty, shape) : nullptr;
   Py_XDECREF(shape);
   return out;
+}
+
+PyObject* make_integers(int64_t n, int64_t** data) {
+  constexpr size_t kAlignment = 64;  // as torch's
+  struct Block {
+    DLManagedTensor managed;
+    int64_t size, stride;
+    alignas(kAlignment) int64_t data[kAlignment / sizeof(int64_t)];  // and what follows
+  };
+  const size_t bytes = sizeof(Block) + static_cast<size_t>(n) * sizeof(int64_t);
+  auto* block = static_cast<Block*>(std::aligned_alloc(kAlignment, (bytes + kAlignment - 1) / kAlignment * kAlignment));
+  if (!block) return nullptr;
+  block->size = n;
+  block->stride = 1;
+  block->managed = {
+      {1, 0},
+      nullptr,
+      [](DLManagedTensor* self) { std::free(self); },
+      0,
+      {block->data, {kDLCpu, 0}, 1, {kDLInt, 64, 1}, &block->size, &block->stride, 0},
+  };
+  void* object = nullptr;
+  if (binding().exchange->to_object(&block->managed, &object) != 0) return nullptr;
+  *data = block->data;
+  return static_cast<PyObject*>(object);
 }
 
 PyObject* make_statistics(PyObject* object, const AttentionParams& p) {

@@ -29,6 +29,13 @@ struct DLTensor {
   int64_t* strides;  // in elements
   uint64_t byte_offset;
 };
+struct DLManagedTensor {
+  DLVersion version;
+  void* manager;
+  void (*deleter)(DLManagedTensor* self);
+  uint64_t flags;
+  DLTensor tensor;
+};
 struct DLExchangeHeader {
   DLVersion version;
   DLExchangeHeader* previous;
@@ -37,8 +44,8 @@ struct DLExchange {
   DLExchangeHeader header;
   void* allocate;
   void* from_object;
-  void* to_object;
-  int (*view)(void* object, DLTensor* out);  // borrows: valid while the object lives; may be null
+  int (*to_object)(DLManagedTensor* tensor, void** object);  // takes the tensor over
+  int (*view)(void* object, DLTensor* out);                  // borrows: valid while the object lives; may be null
   void* current_stream;
 };
 constexpr int32_t kDLCpu = 1;
@@ -52,8 +59,6 @@ struct Binding {
   PyObject* empty_like = nullptr;
   PyObject* empty_tokens = nullptr;  // of sizes: an int64 tensor
   PyObject* empty_floats = nullptr;  // the same, float32
-  PyObject* tokens = nullptr;        // the last that it made, of this many
-  int64_t tokens_batch = 0;
   PyObject* requires_grad = PyUnicode_InternFromString("requires_grad");
   PyObject* is_neg = PyUnicode_InternFromString("is_neg");
   PyObject* new_empty = PyUnicode_InternFromString("new_empty");
@@ -107,6 +112,10 @@ bool rows_of(PyObject* object, bool heads_first, HeadRows* out, DType* dtype);
 // A fresh (batch, seqlen_q, nheads, headdim_v), contiguous; with heads first in q and out it lies in memory as q does,
 // as torch's. Null with an exception set where memory is exhausted.
 PyObject* make_out(PyObject* object, const HeadRows& q, int64_t headdim_v, bool heads_first, bool out_heads_first);
+
+// A fresh (n,) int64 on the CPU, in memory of our own: half the time of torch's allocator, and no other difference than
+// that its storage cannot grow. Null where memory is exhausted, perhaps with an exception set.
+PyObject* make_integers(int64_t n, int64_t** data);
 
 // A fresh (batch, nheads, seqlen_q) of what the kernel computes in; `object` is q.
 PyObject* make_statistics(PyObject* object, const AttentionParams& p);

@@ -104,7 +104,7 @@ def attention_with_kvcache(
         and num_splits == 0
         and window_size == (-1, -1)
         and not return_lse
-        and not ops.is_tracing()
+        and not ops.is_watched()
     ):
         step = (q, k_cache, v_cache, k, v, cache_seqlens, rotary_cos, rotary_sin, rotary_interleaved)
         quick = plain_kvcache(*step, causal, softmax_scale, torch.get_num_threads())

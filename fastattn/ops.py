@@ -14,13 +14,16 @@ import torch
 from torch import Tensor
 from torch._subclasses.functional_tensor import FunctionalTensorMode
 from torch.autograd import forward_ad
+from torch.compiler import is_compiling
 
 from fastattn.args import AttentionArgs, KVAppendArgs
 from fastattn.backends import reference, resolve
 from fastattn.checks import Shapes, check_dtype, check_range, check_tensor
 
 _LIBRARY = torch.library.Library("fastattn", "DEF")  # type: ignore[no-untyped-call]
-_PLAIN = (Tensor, torch.nn.Parameter)
+_PLAIN = frozenset((Tensor, torch.nn.Parameter))
+_innermost_transform = torch._C._functorch.peek_interpreter_stack
+_count_modes = torch._C._len_torch_dispatch_stack
 
 # AttentionArgs as an operator's arguments, in order. What is not here: return_lse (an operator always does) and
 # needs_grad (the dispatcher knows).
@@ -50,15 +53,19 @@ _LIBRARY.define(  # type: ignore[no-untyped-call]
 )
 
 
-def is_tracing(*tensors: Tensor) -> bool:
-    """Whether somebody watches: values may not be looked at, and only operators may compute."""
+def is_watched() -> bool:
+    """Whether somebody watches every call: values may not be looked at, and only operators may compute."""
     return (
-        torch.compiler.is_compiling()
-        or torch._C._functorch.peek_interpreter_stack() is not None
-        or torch._C._len_torch_dispatch_stack() > 0
+        is_compiling()
+        or _innermost_transform() is not None
+        or _count_modes() > 0
         or forward_ad._current_level >= 0
-        or any(type(x) not in _PLAIN for x in tensors)
     )
+
+
+def is_tracing(*tensors: Tensor) -> bool:
+    """Whether somebody watches this call: every call, or one of its tensors is of a subclass."""
+    return is_watched() or not _PLAIN.issuperset(map(type, tensors))
 
 
 def attention(args: AttentionArgs, backend: str) -> tuple[Tensor, Tensor | None]:

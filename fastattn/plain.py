@@ -51,7 +51,7 @@ def attention(
     Returns:
         out, or (out, lse) with return_lse; None where the call is not for here.
     """
-    if cpu.plain_attention is None or ops.is_tracing() or torch.is_autocast_enabled("cpu"):
+    if cpu.plain_attention is None or ops.is_watched() or torch.is_autocast_enabled("cpu"):
         return None
     call = (
         q, k, v, causal, softmax_scale, torch.get_num_threads(), layout, shares_heads, torch.is_grad_enabled(),

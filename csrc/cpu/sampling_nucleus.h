@@ -75,8 +75,11 @@ struct RoughMass {
   bool is_open(double top_p) const { return !keeps(top_p) && !drops(top_p); }
 };
 
+// Of the row; or only of its chunks that hold a logit >= least, which must not be above `logit`: then `total` is what
+// the row has at least, and the mass cannot prove that the token is dropped.
 template <class Quality, class Vec, class T>
-RoughMass weigh_roughly(const Row<Vec, T>& row, const Softmax<Vec>& softmax, float logit, int32_t id) {
+RoughMass weigh_roughly(const Row<Vec, T>& row, const Softmax<Vec>& softmax, float logit, int32_t id,
+                        float least = kLowest) {
   const double scale = softmax.log2_scale(), offset = static_cast<double>(softmax.max()) * scale;
   RoughMass mass;
   // x * scale - offset must not lose more than the polynomial does.
@@ -100,7 +103,7 @@ RoughMass weigh_roughly(const Row<Vec, T>& row, const Softmax<Vec>& softmax, flo
   };
   constexpr int kVecs = Row<Vec, T>::kChunkVecs;
   const float weightless = softmax.logit_at(-64.0);
-  row.visit_chunks([&] { return weightless; },
+  row.visit_chunks([&] { return least > weightless ? least : weightless; },
                    [&](int64_t c, int32_t first_id) {
                      const auto load = [&](int i) { return row.load(c, i); };
                      if (first_id > id)
@@ -207,6 +210,10 @@ int32_t draw_nucleus(const Row<Vec, T>& row, double top_p, const Softmax<Vec>& s
   for (int races = 0; top_p >= 0.5 && races < kRaces; ++races) {
     Race<Vec> race = start(within);
     race.run_row(row, c->work);
+    if (2 * row.chunks_reaching(race.winner_logit()) <= row.chunks()) {  // then those may be proof enough
+      mass = weigh_roughly<Interpolated>(row, softmax, race.winner_logit(), race.winner(), race.winner_logit());
+      if (mass.keeps(top_p)) return race.winner();
+    }
     mass = weigh_roughly<Interpolated>(row, softmax, race.winner_logit(), race.winner());
     if (mass.is_open(top_p)) mass = weigh_roughly<Mended>(row, softmax, race.winner_logit(), race.winner());
     if (mass.is_open(top_p)) mass = weigh_roughly<Fine>(row, softmax, race.winner_logit(), race.winner());

@@ -137,6 +137,14 @@ class Row {
         visit(c, static_cast<int32_t>(c * kChunk));
   }
 
+  // How many chunks hold a logit >= bound.
+  int64_t chunks_reaching(float bound) const {
+    int64_t n = 0;
+    for (int64_t c = 0; c < chunks(); ++c)
+      n += lane_bits(Vec::set1(bound) <= Vec::load(maxima_ + c * Vec::kLanes)) != 0;
+    return n;
+  }
+
   // The lowest id whose logit is `value`, which must be the maximum.
   int32_t find_maximum(float value) const {
     const Vec wanted = Vec::set1(value);

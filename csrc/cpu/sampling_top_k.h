@@ -8,6 +8,13 @@ namespace {
 
 constexpr int64_t kSmallList = 128;  // up to so many, comparing each with each is faster than counting digits
 
+// A logarithm from below, by the bits of a float read as an integer.
+inline float log2_below(float x) {
+  int32_t bits;
+  memcpy(&bits, &x, sizeof bits);
+  return static_cast<float>(bits) * 0x1p-23f - 127.0f;
+}
+
 // Between two finite floats: alternately the middle of the values and of their bits, so that neither outliers nor a
 // narrow range take many steps.
 inline float between(float low, float high, int round) {
@@ -53,6 +60,29 @@ float loose_bound(const float* v, int64_t n, int64_t k, float top) {
   return low;
 }
 
+// Raises a bound that `count` of v reach, at least k, towards the one that k reach. Counts of what is large fall like
+// exponentials, so their logarithms interpolate well: two looks are enough.
+template <class Vec>
+float tighten(const float* v, int64_t n, int64_t k, float bound, int64_t count, float top) {
+  const auto log2_of = [](int64_t x) { return log2_below(static_cast<float>(x)); };
+  float high = top;
+  int64_t count_high = 1;
+  for (int round = 0; round < 2 && count > k + k / 8; ++round) {
+    const float share = (log2_of(count) - log2_of(k + k / 16)) / (log2_of(count) - log2_of(count_high));
+    const float guess = bound + (high - bound) * share;
+    if (!(bound < guess && guess < high)) break;
+    const int64_t reach = count_reaching<Vec>(v, n, guess);
+    if (reach >= k) {
+      bound = guess;
+      count = reach;
+    } else {
+      high = guess;
+      count_high = reach > 0 ? reach : 1;
+    }
+  }
+  return bound;
+}
+
 // A bound that at least k logits reach, and that few do: one that k maxima of disjoint groups reach. Groups are those
 // of summarize(), or where these are many, groups of groups.
 template <class Vec, class T>
@@ -64,7 +94,8 @@ float bound_of_largest(const Row<Vec, T>& row, int64_t k, Candidates* c) {
     groups.summarize();
     const float bound = loose_bound<Vec>(c->work, n2, k, groups.maximum());
     // A few groups of groups may hold all that is large, as in a sorted row.
-    if (count_reaching<Vec>(row.maxima(), n, bound) <= 2 * k) return bound;
+    const int64_t count = count_reaching<Vec>(row.maxima(), n, bound);
+    if (count <= 2 * k) return tighten<Vec>(row.maxima(), n, k, bound, count, groups.maximum());
   }
   Vec top = Vec::load(row.maxima());
   for (int64_t i = 0; i < n; i += Vec::kLanes) top = max(top, Vec::load(row.maxima() + i));

@@ -97,7 +97,7 @@ def sample(
         TypeError: a wrong dtype.
         NotImplementedError: the forced backend, or every backend, lacks a feature of this call.
     """
-    if plain_sample is not None and backend in ("auto", "cpu") and not ops.is_tracing():
+    if plain_sample is not None and backend in ("auto", "cpu") and not ops.is_watched():
         seen: Any = token_counts
         if type(seen) is TokenCounts:
             seen = (seen.vocab, seen.ids, seen.counts, seen.lengths, seen.unseen)
