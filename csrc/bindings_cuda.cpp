@@ -19,6 +19,10 @@ py::tuple plan(const py::tuple& call) {
   return py::make_tuple(plan.splits, plan.padded_rows);
 }
 
+const char* kernel(const py::tuple& call) {
+  return forward_kernel(attention_params(call)) == ForwardKernel::wgmma ? "wgmma" : "mma";
+}
+
 void attention_forward(const py::tuple& call, const py::tuple& out, const py::tuple& lse, uintptr_t partial_out,
                        uintptr_t partial_lse, uintptr_t stream) {
   AttentionParams p = attention_params(call);
@@ -85,6 +89,7 @@ PYBIND11_MODULE(_cuda, m) {
   m.doc() = "fastattn's CUDA kernels. Arguments are trusted: call fastattn.attention instead.";
   m.def("architectures", &cuda_architectures, "What the kernels were compiled for, as nvcc names it.");
   m.def("plan_splits", &plan, "(splits, padded_rows) of a call: the partial results that it needs room for.");
+  m.def("forward_kernel", &kernel, "The forward kernel of a call on the current device: 'wgmma' (Hopper) or 'mma'.");
   m.def("attention_forward", &attention_forward);
   m.def("attention_backward", &attention_backward);
   m.def("append_kv", &append_kv);

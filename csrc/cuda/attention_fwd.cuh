@@ -7,28 +7,13 @@
 // maximum into the exponent.
 #pragma once
 
+#include "cuda/forward_params.cuh"
+#include "cuda/online_softmax.cuh"
 #include "cuda/products.cuh"
 #include "cuda/products_f32.cuh"
-#include "cuda/score_modifiers.cuh"
-#include "cuda/tile_copy.cuh"
 
 namespace fastattn {
 namespace {
-
-struct ForwardParams {
-  AttentionParams attention;
-  CopySteps k_steps, v_steps;
-  int row_blocks;  // of the longest sequence
-  float*
-      partial_out;  // (splits, batch, nheads_k, rows, headdim_v) of row_blocks * kRows rows; null = keys are not split
-  float* partial_lse;  // (splits, batch, nheads_k, rows), in units of log2
-};
-
-// What is decided at compile time: score modifiers at all, dropout, pages, and whether blocks may split the keys.
-template <bool modify, bool dropout, bool paged, bool split>
-struct Policy {
-  static constexpr bool kModify = modify, kDropout = dropout, kPaged = paged, kMaySplit = split;
-};
 
 template <class T, class Traits, class Policy>
 class ForwardBlock {
@@ -40,7 +25,7 @@ class ForwardBlock {
         first_row_(first_row),
         warp_row_(thread_index() / 32 * Traits::kWarpRows),
         queries_(shared_base()),
-        scale_(Policy::kModify ? 1.0f : static_cast<float>(p_.softmax_scale * kLog2e)),
+        softmax_(p_),
         split_begin_(0),
         split_end_(sequence.seqlen_k),
         range_(sequence, first_row, Traits::kRows),
@@ -55,13 +40,6 @@ class ForwardBlock {
       split_end_ = at_most(sequence.seqlen_k, split_begin_ + keys);
       range_.clip(split_begin_, split_end_);
     }
-#pragma unroll
-    for (int m = 0; m < Traits::kRowTiles; ++m)
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        top_[m][half] = -kInfinity;
-        sum_[m][half] = 0;
-      }
     clear(out_);
   }
 
@@ -76,11 +54,9 @@ class ForwardBlock {
 
   FASTATTN_DEVICE void walk() {
     constexpr int kKeys = Traits::kKeys;
-    first_tile_ = range_.begin / kKeys;
-    int tile = (range_.end - 1) / kKeys;
-    // Tiles [open_first, open_last) need no mask.
-    const int open_begin = at_least(split_begin_, range_.open_begin), open_end = at_most(split_end_, range_.open_end);
-    const int open_first = (open_begin + kKeys - 1) / kKeys, open_last = open_end / kKeys;
+    const TileRange tiles(range_, kKeys, split_begin_, split_end_);
+    int tile = tiles.last;
+    first_tile_ = tiles.first;
     copy_rows<Traits, Traits::kRows>(queries_, p_.q, p_.headdim, sequence_, first_row_);
     k_.seek(tile * kKeys);
     v_.seek(tile * kKeys);
@@ -97,16 +73,16 @@ class ForwardBlock {
         arrive(tile, stage);
         if (fresh) load_queries();
         fresh = false;
-        step<true>(tile, stage, tile >= open_last || tile < open_first);
+        step<true>(tile, stage, tiles.needs_mask(tile));
       }
     } else {
-      for (; tile >= first_tile_ && (tile >= open_last || fresh); --tile, advance()) {
+      for (; tile >= first_tile_ && (tile >= tiles.open_last || fresh); --tile, advance()) {
         arrive(tile, stage);
         if (fresh) load_queries();
         fresh = false;
         step<true>(tile, stage, true);
       }
-      for (; tile >= first_tile_ && tile >= open_first; --tile, advance()) {
+      for (; tile >= first_tile_ && tile >= tiles.open_first; --tile, advance()) {
         arrive(tile, stage);
         step<false>(tile, stage, false);
       }
@@ -161,7 +137,9 @@ class ForwardBlock {
     const Layout at(first_row_ + warp_row_, tile * Traits::kKeys);
     if constexpr (Policy::kModify) modify_scores(scores, p_, sequence_, at);
     if (may_mask && masked) hide_invisible(scores, sequence_, at, split_begin_, split_end_);
-    soften<may_mask>(scores);
+    RowFactors<Traits> shrink;
+    softmax_.template soften<may_mask>(scores, shrink);
+    scale_rows<Traits>(out_, shrink);
     if constexpr (Policy::kDropout) drop(scores, at);
     if constexpr (kSingle)
       multiply_values_f32<Traits>(out_, scores, k_tile(stage) + Traits::kTileBytes);
@@ -199,71 +177,12 @@ class ForwardBlock {
     }
   }
 
-  // Scores become exp2(score - maximum); what was summed under an older maximum is scaled down to the new one.
-  // `may_be_empty`: a row may have seen no key yet.
-  template <bool may_be_empty>
-  FASTATTN_DEVICE void soften(ScoreTile<Traits>& scores) {
-#pragma unroll
-    for (int m = 0; m < Traits::kRowTiles; ++m)
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        float top = top_[m][half];
-#pragma unroll
-        for (int n = 0; n < Traits::kKeys / 8; ++n)
-          top = maximum(top, maximum(scores[m][n][2 * half], scores[m][n][2 * half + 1]));
-        top = maximum(top, shuffle_xor(top, 1));
-        top = maximum(top, shuffle_xor(top, 2));
-        const float base = may_be_empty && top == -kInfinity ? 0.0f : top * scale_;
-        const float shrink = exp2_approx(fused_multiply_add(top_[m][half], scale_, -base));
-        top_[m][half] = top;
-        float sum = sum_[m][half] * shrink;
-#pragma unroll
-        for (int n = 0; n < Traits::kKeys / 8; ++n)
-#pragma unroll
-          for (int e = 2 * half; e < 2 * half + 2; ++e) {
-            float& s = scores[m][n][e];
-            s = exp2_approx(Policy::kModify ? s - base : fused_multiply_add(s, scale_, -base));
-            sum += s;
-          }
-        sum_[m][half] = sum;  // of this lane's keys
-#pragma unroll
-        for (int n = 0; n < Traits::kDim / 8; ++n) {
-          out_[m][n][2 * half] *= shrink;
-          out_[m][n][2 * half + 1] *= shrink;
-        }
-      }
-  }
-
   // Divides by the sums and writes out and lse.
   FASTATTN_DEVICE void finish() {
-    const int lane = thread_index() % 32;
-    const float kept = Policy::kDropout ? dropout_scale(p_.dropout_p) : 1.0f;
-#pragma unroll
-    for (int m = 0; m < Traits::kRowTiles; ++m)
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        float sum = sum_[m][half];
-        sum += shuffle_xor(sum, 1);
-        sum += shuffle_xor(sum, 2);
-        const int row = first_row_ + warp_row_ + 16 * m + 8 * half + lane / 4;
-        const bool exists = row < sequence_.rows();
-        float top = top_[m][half] == -kInfinity ? -kInfinity : top_[m][half] * scale_, share = 1.0f;
-        if (!is_split() && p_.sinks && exists) {
-          const float* sinks = static_cast<const float*>(p_.sinks);
-          const float sink = load_global(sinks + sequence_.head(row)) * static_cast<float>(kLog2e);
-          const float higher = maximum(top, sink), base = higher == -kInfinity ? 0.0f : higher;
-          share = exp2_approx(top - base);
-          sum = sum * share + exp2_approx(sink - base);
-          top = higher;
-        }
-        const float factor = sum == 0 ? 0.0f : share * kept / sum;
-#pragma unroll
-        for (int n = 0; n < Traits::kDim / 8; ++n) {
-          out_[m][n][2 * half] *= factor;
-          out_[m][n][2 * half + 1] *= factor;
-        }
-        if (exists && lane % 4 == 0) write_lse(row, sum == 0 ? -kInfinity : top + log2_approx(sum));
-      }
+    const float* sinks = is_split() ? nullptr : static_cast<const float*>(p_.sinks);
+    conclude_rows(softmax_, out_, sequence_, first_row_ + warp_row_, sinks,
+                  Policy::kDropout ? dropout_scale(p_.dropout_p) : 1.0f,
+                  [&](int row, float lse) { write_lse(row, lse); });
     if (is_split())
       write_pairs([&](int row) { return params_.partial_out + partial_row(row) * p_.headdim_v; });
     else if constexpr (kSingle)
@@ -283,13 +202,10 @@ class ForwardBlock {
   }
 
   FASTATTN_DEVICE void write_lse(int row, float lse) {
-    if (is_split()) {
+    if (is_split())
       store_global(params_.partial_lse + partial_row(row), lse);
-    } else if (p_.lse) {
-      float* line = static_cast<float*>(p_.lse) + sequence_.q_row * p_.lse_stride_batch +
-                    sequence_.head(row) * p_.lse_stride_head;
-      store_global(line + sequence_.q_first + sequence_.query(row), lse * kLn2);
-    }
+    else
+      write_row_lse(p_, sequence_, row, lse);
   }
 
   // Through the warp's rows of shared memory, where q lay.
@@ -325,23 +241,21 @@ class ForwardBlock {
   const Sequence& sequence_;
   const int first_row_, warp_row_;
   const uint32_t queries_;  // shared address of q's tile, then of the ring of stages
-  const float scale_;
+  OnlineSoftmax<Traits, Policy::kModify> softmax_;
   int split_begin_, split_end_, first_tile_ = 0;
   KeyRange range_;
   KeyCopy<Traits, Policy::kPaged> k_, v_;
   uint32_t k_lane_, v_lane_;
   uint32_t query_[Traits::kRowTiles][Traits::kQueryInRegisters ? Traits::kDim / 16 : 1][4];
-  float top_[Traits::kRowTiles][2], sum_[Traits::kRowTiles][2];
-  float out_[Traits::kRowTiles][Traits::kDim / 8][4];  // (rows, headdim_v)
+  OutTile<Traits> out_;  // (rows, headdim_v)
 };
 
 template <class T, class Traits, class Policy>
 FASTATTN_KERNEL(kThreads, Traits::kRowTiles == 1 && Traits::kDim <= 64 && Traits::kElementBytes == 2 ? 3 : 2)
 attention_forward(FASTATTN_GRID_CONSTANT ForwardParams params) {
-  const int last_first = params.row_blocks - 1 - block_index_x() % params.row_blocks;  // causal: the long rows first
-  const int place = block_index_x() / params.row_blocks, nheads_k = static_cast<int>(params.attention.nheads_k);
-  const Sequence sequence(params.attention, place / nheads_k, place % nheads_k);
-  const int first_row = last_first * Traits::kRows;
+  const BlockPlace place(params);
+  const Sequence sequence(params.attention, place.batch, place.head_k);
+  const int first_row = place.row_block * Traits::kRows;
   if (first_row >= sequence.rows()) return;
   if (Policy::kMaySplit && block_index_y() >= split_count(sequence.seqlen_k)) return;
   ForwardBlock<T, Traits, Policy>(params, sequence, first_row).run();

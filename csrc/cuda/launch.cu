@@ -10,6 +10,13 @@
 #define FASTATTN_CUDA_ARCHITECTURES "emulated"
 #endif
 
+// Whether hopper.cu is linked in.
+#ifdef FASTATTN_CUDA_SM90A
+#define FASTATTN_HAS_HOPPER true
+#else
+#define FASTATTN_HAS_HOPPER false
+#endif
+
 namespace fastattn {
 namespace {
 
@@ -33,6 +40,13 @@ int with_headdim(const AttentionParams& p, Launch launch) {
 const char* cuda_error_text(int error) { return error_text(error); }
 const char* cuda_architectures() { return FASTATTN_CUDA_ARCHITECTURES; }
 
+ForwardKernel forward_kernel(const AttentionParams& p) {
+  const int64_t headdim = p.headdim > p.headdim_v ? p.headdim : p.headdim_v;
+  const bool fits = (headdim > 32 && headdim <= 64) || (headdim > 96 && headdim <= 128);
+  const bool takes = p.dtype != DType::f32 && fits && !has_few_rows(p);
+  return FASTATTN_HAS_HOPPER && takes && compute_capability() == 90 ? ForwardKernel::wgmma : ForwardKernel::mma;
+}
+
 SplitPlan plan_splits(const AttentionParams& p) {
   constexpr int padded_rows = 64;  // Traits<..., 1>::kRows
   if (!has_few_rows(p) || p.dropout_p > 0 || p.kv.seqlen <= kMinSplitKeys) return {1, padded_rows};
@@ -42,7 +56,10 @@ SplitPlan plan_splits(const AttentionParams& p) {
 
 int cuda_attention_forward(const AttentionParams& p, float* partial_out, float* partial_lse, void* stream) {
   if (p.batch == 0 || p.seqlen_q == 0) return 0;
+  const bool on_hopper = forward_kernel(p) == ForwardKernel::wgmma;
   const auto launch = [&](auto headdim) {
+    if constexpr (FASTATTN_HAS_HOPPER && (headdim == 64 || headdim == 128))
+      if (on_hopper) return hopper_headdim<headdim>(p, stream);
     return forward_headdim<headdim>(p, plan_splits(p), partial_out, partial_lse, stream);
   };
   return with_headdim<decltype(launch), FASTATTN_CUDA_HEADDIMS>(p, launch);

@@ -17,15 +17,22 @@ inline bool is_modified(const AttentionParams& p) {
   return p.softcap > 0 || p.alibi_slopes || p.bias.data || p.mask.data || p.softmax_scale <= 0 || p.dropout_p > 0;
 }
 
+template <class Traits>
+ForwardParams forward_params(const AttentionParams& p) {
+  return {p,
+          CopySteps::of<Traits>(p.kv.k),
+          CopySteps::of<Traits>(p.kv.v),
+          static_cast<int>((rows_of(p) + Traits::kRows - 1) / Traits::kRows),
+          nullptr,
+          nullptr};
+}
+
 template <class T, class Traits, class Policy>
 int launch_forward(const AttentionParams& p, const SplitPlan& plan, float* partial_out, float* partial_lse,
                    void* stream) {
-  ForwardParams params{p,
-                       CopySteps::of<Traits>(p.kv.k),
-                       CopySteps::of<Traits>(p.kv.v),
-                       static_cast<int>((rows_of(p) + Traits::kRows - 1) / Traits::kRows),
-                       plan.splits > 1 ? partial_out : nullptr,
-                       partial_lse};
+  ForwardParams params = forward_params<Traits>(p);
+  if (plan.splits > 1) params.partial_out = partial_out;
+  params.partial_lse = partial_lse;
   Launch at{static_cast<unsigned>(params.row_blocks * p.nheads_k * p.batch), static_cast<unsigned>(plan.splits),
             Traits::kSharedBytes, static_cast<decltype(Launch::stream)>(stream)};
   int error = launch_kernel(attention_forward<T, Traits, Policy>, kThreads, at, params);
@@ -118,10 +125,13 @@ int with_dtype(DType dtype, Launch launch) {
 
 }  // namespace
 
-// One translation unit each, forward.cu and backward.cu: they take minutes, and so they take them side by side.
+// One translation unit each, forward.cu, hopper.cu and backward.cu: they take minutes, and so they take them side by
+// side.
 template <int kDim>
 int forward_headdim(const AttentionParams& p, const SplitPlan& plan, float* partial_out, float* partial_lse,
                     void* stream);
+template <int kDim>
+int hopper_headdim(const AttentionParams& p, void* stream);
 template <int kDim>
 int backward_headdim(const AttentionBackwardParams& call, void* stream);
 

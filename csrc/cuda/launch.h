@@ -22,6 +22,13 @@ constexpr int kNoKernel = 1;  // cudaErrorInvalidValue
 const char* cuda_error_text(int error);
 const char* cuda_architectures();  // "sm_80 sm_90 ..."
 
+// Which kernel cuda_attention_forward launches. wgmma (attention_fwd_sm90.cuh): 16-bit calls of more than 64 rows of a
+// KV head (queries times its GQA group) and headdim 33 to 64 or 97 to 128, on GPUs of compute capability 9.0, where
+// FASTATTN_CUDA_SM90A says that hopper.cu is linked in; so far that is the emulator's build alone. mma
+// (attention_fwd.cuh): all others.
+enum class ForwardKernel { mma, wgmma };
+ForwardKernel forward_kernel(const AttentionParams& p);
+
 SplitPlan plan_splits(const AttentionParams& p);
 
 // q, k, v and out are f16 or bf16; headdim and headdim_v are multiples of 8 up to 256, addresses and strides (of v too)

@@ -30,7 +30,7 @@ class KeyCopy {
         row_(thread_index() / Traits::kRowLanes),
         chunk_(thread_index() % Traits::kRowLanes),
         chunks_(static_cast<int>(headdim) / Traits::kChunkElements),
-        target_(chunk_offset<Traits::kKeys>(row_, chunk_)) {
+        target_(Traits::Panels::template chunk_offset<Traits::kKeys>(row_, chunk_)) {
     if constexpr (kPaged) {
       pages_ = kv.block_table + sequence.batch * kv.stride_block_table;
       first_ = sequence.kv_first;
@@ -61,7 +61,7 @@ class KeyCopy {
 #pragma unroll
       for (int c = 0; c < Traits::kCopyColumns; ++c) {
         const bool wanted = exists && chunk_ + c * Traits::kRowLanes < chunks_;
-        cp_async16(tile + column_target(c) + static_cast<uint32_t>(r * kPanelBytes),
+        cp_async16(tile + column_target(c) + static_cast<uint32_t>(r * Traits::Panels::kBytes),
                    source + c * Traits::kRowLanes * 16, wanted);
       }
       if constexpr (!kPaged) source += steps_.rows;
@@ -75,7 +75,7 @@ class KeyCopy {
  private:
   FASTATTN_DEVICE uint32_t column_target(int c) const {
     if constexpr (Traits::kRowLanes == 8)
-      return target_ + static_cast<uint32_t>(c * 2 * Traits::kKeys * kPanelBytes);
+      return target_ + static_cast<uint32_t>(c * Traits::kRowLanes * Traits::kKeys * 16);
     else
       return (target_ ^ static_cast<uint32_t>(c % 2 * kPanelBytes)) +
              static_cast<uint32_t>(c * Traits::kKeys * kPanelBytes);
@@ -110,7 +110,7 @@ FASTATTN_DEVICE void copy_lines(uint32_t tile, int64_t dims, LineOf line_of) {
 #pragma unroll
     for (int c = 0; c < Traits::kChunks; c += Traits::kRowLanes) {
       const bool wanted = exists && chunk + c < dims / Traits::kChunkElements;
-      cp_async16(tile + chunk_offset<kLines>(line + r, chunk + c), source + c * 16, wanted);
+      cp_async16(tile + Traits::Panels::template chunk_offset<kLines>(line + r, chunk + c), source + c * 16, wanted);
     }
   }
 }

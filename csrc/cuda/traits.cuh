@@ -43,9 +43,19 @@ FASTATTN_DEVICE constexpr uint32_t panel_offset(int n) {
   return static_cast<uint32_t>(n / 2 * kTileRows * kPanelBytes);
 }
 
+// How tiles lie that ldmatrix reads.
+struct NarrowPanels {
+  static constexpr int kBytes = kPanelBytes;  // of a row
+  template <int kTileRows>
+  FASTATTN_DEVICE static uint32_t chunk_offset(int row, int chunk) {
+    return fastattn::chunk_offset<kTileRows>(row, chunk);
+  }
+};
+
 // kDim: the headdim, padded; kRowTiles: 16-row tiles of each warp; kElementBytes: of q, k and v.
 template <int kDim_, int kRowTiles_, int kElementBytes_ = 2>
 struct Traits {
+  using Panels = NarrowPanels;
   static constexpr int kDim = kDim_, kRowTiles = kRowTiles_, kElementBytes = kElementBytes_;
   static constexpr int kWarpRows = 16 * kRowTiles, kRows = kWarps * kWarpRows;
   static constexpr int kKeys = kDim * kElementBytes <= 128 ? 64 : 32;

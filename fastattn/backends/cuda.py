@@ -119,6 +119,13 @@ def attention(args: AttentionArgs) -> tuple[Tensor, Tensor | None]:
     return _narrowed(out, headdim_v), lse
 
 
+def forward_kernel(args: AttentionArgs) -> str:
+    """Which forward kernel the current device gives a call: ``wgmma`` (Hopper) or ``mma``; ``csrc/cuda/launch.h``."""
+    q, k, v = _aligned(args.q), _aligned(args.k), _aligned(args.v)
+    modifiers = calls.Modifiers(args) if args.features() else None
+    return _cuda.forward_kernel(calls.attention_call(args, q, k, v, modifiers))
+
+
 def attention_backward(
     args: AttentionArgs, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None, *, needs_dbias: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:

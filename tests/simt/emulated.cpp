@@ -19,10 +19,13 @@ void simt_reset(uint64_t seed, int landing) {
   simt::machine.landing = static_cast<simt::Landing>(landing);
   for (long& count : simt::machine.faults) count = 0;
   simt::machine.report.clear();
-  simt::machine.mmas = simt::machine.switches = 0;
+  simt::machine.mmas = simt::machine.wgmmas = simt::machine.switches = 0;
   simt::global.clear();
   simt::banks.clear();
 }
+
+// Of the device that launches are told of: 80, 90, ...
+void simt_set_capability(int capability) { simt::machine.compute_capability = capability; }
 
 // A tensor that kernels may read, or read and write.
 void simt_allow(const void* data, size_t bytes, int writable) { simt::global.add(data, bytes, writable != 0); }
@@ -40,4 +43,5 @@ const char* simt_bank_table() {
   return text.c_str();
 }
 long simt_mmas() { return simt::machine.mmas; }
+long simt_wgmmas() { return simt::machine.wgmmas; }
 }

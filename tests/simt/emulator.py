@@ -41,11 +41,12 @@ FLAGS = [
 ]
 FAULTS = (
     "shared race", "copy in flight", "uninitialised", "shared bounds", "global bounds", "global race", "alignment",
-    "barrier", "collective", "unwaited copy",
+    "barrier", "collective", "unwaited copy", "warpgroup", "proxy",
 )  # fmt: skip  # tests/simt/fibers.h, Fault
 _NUMBERS = itertools.count()
 HEADDIMS = (32, 64, 96, 128, 192, 256)  # csrc/cuda/launch.cu
-UNITS_OF_HEADDIM = ("forward", "backward")
+HOPPER_HEADDIMS = (64, 128)
+UNITS_OF_HEADDIM = {"forward": HEADDIMS, "backward": HEADDIMS, "hopper": HOPPER_HEADDIMS}
 UNITS = (*UNITS_OF_HEADDIM, "launch", "sampling")
 LANDINGS = {"at wait": 0, "at issue": 1, "between": 2}
 
@@ -74,11 +75,12 @@ def compile_units(
         f"{unit}{d}": [*compiler, f"-DFASTATTN_HEADDIM={d}", str(csrc / "cuda" / f"{unit}.cu")]
         for d in headdims
         for unit in units
-        if unit in UNITS_OF_HEADDIM
+        if d in UNITS_OF_HEADDIM.get(unit, ())
     }
     if "launch" in units:
         listed = ",".join(map(str, headdims))
-        commands["launch"] = [*compiler, f"-DFASTATTN_CUDA_HEADDIMS={listed}", str(HERE / "emulated.cpp")]
+        switches = [f"-DFASTATTN_CUDA_HEADDIMS={listed}", "-DFASTATTN_CUDA_SM90A"]
+        commands["launch"] = [*compiler, *switches, str(HERE / "emulated.cpp")]
     if "sampling" in units:
         commands["sampling"] = [*compiler, str(csrc / "cuda" / "sampling.cu")]
     objects = {name: folder / f"{name}.o" for name in commands}
@@ -109,10 +111,23 @@ class Emulator:
         self._library.simt_bank_table.restype = ctypes.c_char_p
         self._library.simt_bank_factor.restype = ctypes.c_double
         self._library.simt_mmas.restype = ctypes.c_long
+        self._library.simt_wgmmas.restype = ctypes.c_long
 
     def reset(self, seed: int, landing: str) -> None:
         """Seed 0 runs threads and blocks in order."""
         self._library.simt_reset(ctypes.c_uint64(seed), LANDINGS[landing])
+
+    @contextlib.contextmanager
+    def compute_capability(self, capability: int) -> Iterator[None]:
+        """What launches see of the device: 80, unless told otherwise; 90 makes the Hopper kernel take what it can."""
+        self._library.simt_set_capability(capability)
+        yield
+        self._library.simt_set_capability(80)
+
+    def forward_kernel(self, args: AttentionArgs) -> str:
+        """Which kernel serves a call: ``wgmma`` or ``mma``."""
+        with self._in_place(args):
+            return cuda.forward_kernel(args)
 
     def attention(
         self, args: AttentionArgs, seed: int = 1, landing: str = "between"
@@ -213,3 +228,7 @@ class Emulator:
     def mmas(self) -> int:
         """Tensor core instructions executed, counted by warp."""
         return self._library.simt_mmas()
+
+    def wgmmas(self) -> int:
+        """The same on Hopper, counted by warpgroup."""
+        return self._library.simt_wgmmas()

@@ -29,7 +29,9 @@ enum Fault {
   kAlignment,
   kBarrier,     // threads meet at different barriers, or some never come
   kCollective,  // lanes meet at different warp collectives, or some never come
-  kUnwaited,    // a thread ends with asynchronous copies in flight
+  kUnwaited,    // a thread ends with asynchronous copies or products in flight
+  kWarpgroup,   // threads of a warpgroup ask for different products, without a fence, or touch registers in flight
+  kProxy,       // wgmma or a bulk copy reads what was written without fence.proxy.async behind it
   kFaults
 };
 
@@ -67,6 +69,23 @@ struct Fiber {
   std::vector<Copy> copies;    // issued, not yet waited for, oldest first
   std::vector<size_t> groups;  // how many of `copies` each committed group holds
   size_t ungrouped = 0;        // the youngest of `copies` that belong to no group yet
+  bool polling = false;        // waits for what another thread or an asynchronous operation does
+  uint64_t proxy_fence = 0;    // when it last fenced, by machine.now
+  // Vector clock: what of each thread this one knows to have happened before, then how many products of each warp.
+  std::vector<uint32_t> clock;
+
+  bool knows(int by, uint32_t at) const { return static_cast<size_t>(by) < clock.size() && clock[by] >= at; }
+  void learn(const std::vector<uint32_t>& other) {
+    for (size_t i = 0; i < other.size(); ++i)
+      if (other[i] > clock[i]) clock[i] = other[i];
+  }
+  // What it has done so far goes into `known`; what it does from here on is not in it.
+  void publish(std::vector<uint32_t>& known) {
+    if (known.size() < clock.size()) known.resize(clock.size());
+    for (size_t i = 0; i < clock.size(); ++i)
+      if (clock[i] > known[i]) known[i] = clock[i];
+    ++clock[static_cast<size_t>(thread)];
+  }
 };
 
 struct Warp {
@@ -91,7 +110,10 @@ class Machine {
   int block = 0, threads = 0;
   Index3 grid, block_index;
   uint32_t epoch = 0;  // block barriers passed
-  long switches = 0, mmas = 0;
+  long switches = 0, mmas = 0, wgmmas = 0;
+  uint64_t now = 0;                      // of writes and proxy fences
+  int compute_capability = 80;           // what launches are told
+  bool (*finish_something)() = nullptr;  // when all threads wait: one asynchronous operation, or false if there is none
 
   uint64_t random() {
     random_state ^= random_state << 13;
@@ -116,6 +138,24 @@ class Machine {
               const std::function<void()>& before, const std::function<void()>& after);
 
   void barrier(Site site);
+  // Until done(), asked again whenever something was finished that a thread may wait for.
+  template <class Done>
+  void wait_until(Site site, Done done) {
+    Fiber& me = *current;
+    me.site = site;
+    while (!done()) {
+      me.polling = true;
+      me.ready = false;
+      to_scheduler();
+    }
+  }
+  void wake() {
+    for (Fiber& fiber : fibers)
+      if (fiber.polling) {
+        fiber.polling = false;
+        fiber.ready = true;
+      }
+  }
   // All lanes bring 64 bytes in warp().in; `combine` fills warp().out once.
   void collective(Site site, void (*combine)(Warp&));
 
@@ -237,7 +277,8 @@ inline void Machine::launch(Index3 grid_size, int block_threads, const std::func
     block = number;
     const unsigned at = static_cast<unsigned>(number);
     block_index = {at % grid.x, at / grid.x % grid.y, at / (grid.x * grid.y)};
-    warps.assign(static_cast<size_t>(threads + 31) / 32, Warp{});
+    const int warp_count = (threads + 31) / 32;
+    warps.assign(static_cast<size_t>(warp_count), Warp{});
     arrived_ = 0;
     epoch = 0;
     live_ = threads;
@@ -249,6 +290,10 @@ inline void Machine::launch(Index3 grid_size, int block_threads, const std::func
       fiber.copies.clear();
       fiber.groups.clear();
       fiber.ungrouped = 0;
+      fiber.polling = false;
+      fiber.proxy_fence = 0;
+      fiber.clock.assign(static_cast<size_t>(threads + warp_count), 0);
+      fiber.clock[static_cast<size_t>(i)] = 1;
       start(fiber);
     }
     before();
@@ -258,6 +303,7 @@ inline void Machine::launch(Index3 grid_size, int block_threads, const std::func
         if (fibers[static_cast<size_t>(i)].ready) order.push_back(i);
       if (order.empty()) {
         current = nullptr;
+        if (finish_something && finish_something()) continue;
         fault(arrived_ ? kBarrier : kCollective, "some threads wait for others that never come", {"", 0});
         break;
       }
@@ -273,8 +319,8 @@ inline void Machine::launch(Index3 grid_size, int block_threads, const std::func
       current = &fiber;
       if (!fiber.copies.empty()) fault(kUnwaited, "a thread ends with copies in flight", fiber.copies[0].site);
     }
-    current = nullptr;
     after();
+    current = nullptr;
   }
 }
 

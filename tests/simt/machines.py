@@ -6,12 +6,42 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from simt.emulator import Emulator
 from torch import Tensor
 
 from fastattn.args import AttentionArgs, KVAppendArgs, SamplingArgs
 from fastattn.backends import cuda
 
 MACHINES = ["emulated", "gpu"] if torch.cuda.is_available() else ["emulated"]
+
+
+class Hopper:
+    """The emulator as a GPU of compute capability 9.0. A call must run on the kernel that ``forward_kernel`` names."""
+
+    def __init__(self, emulator: Emulator) -> None:
+        self.emulator = emulator
+        self.served: set[str] = set()
+
+    def attention(
+        self, args: AttentionArgs, seed: int = 1, landing: str = "between"
+    ) -> tuple[Tensor, Tensor | None]:
+        kernel = self.forward_kernel(args)
+        with self.emulator.compute_capability(90):
+            result = self.emulator.attention(args, seed, landing)
+        assert self.emulator.mmas() == 0 or kernel == "mma"
+        assert self.emulator.wgmmas() == 0 or kernel == "wgmma"
+        self.served.add(kernel)
+        return result
+
+    def forward_kernel(self, args: AttentionArgs) -> str:
+        with self.emulator.compute_capability(90):
+            return self.emulator.forward_kernel(args)
+
+    def faults(self) -> dict[str, int]:
+        return self.emulator.faults()
+
+    def report(self) -> str:
+        return self.emulator.report()
 
 
 class Gpu:

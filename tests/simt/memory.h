@@ -3,9 +3,11 @@
 // Every access of a kernel comes through here. Shared memory has a shadow per 4-byte word, written global memory one
 // per byte: the last writer and the readers since, in epochs of the block's barriers and of each warp's. Two
 // accesses of which one writes are ordered only by a barrier between them; that the schedule at hand did not show the
-// race does not matter.
+// race does not matter. A write is ordered before what comes later also by a chain of mbarriers and named barriers,
+// which vector clocks follow.
 #pragma once
 
+#include <algorithm>
 #include <cstring>
 #include <map>
 #include <memory>
@@ -23,6 +25,7 @@ struct History {
   static constexpr int kNobody = -1, kSeveralWarps = -2, kAtomics = 1 << 20;  // a thread of no warp
   int writer = kNobody, reader_warp = kNobody, reader = kNobody;  // reader: kNobody also when several lanes read
   uint32_t write_epoch = 0, write_warp_epoch = 0, read_epoch = 0, read_warp_epoch = 0;
+  uint32_t write_clock = 0;  // the writer's own
 
   // Atomics are ordered among themselves, and race with all else.
   bool atomic() {
@@ -32,15 +35,17 @@ struct History {
     return fine;
   }
 
-  // Whether an access by `thread` now comes after what happened at those epochs.
-  static bool ordered(int by, uint32_t at, uint32_t at_warp) {
-    const int thread = machine.current->thread;
-    if (by == kNobody || by == thread || at < machine.epoch) return true;
+  // Whether an access by the current thread comes after the last write.
+  bool after_write() const {
+    const int thread = machine.current->thread, by = writer;
+    if (by == kNobody || by == thread || write_epoch < machine.epoch) return true;
+    if (by < machine.threads && machine.current->knows(by, write_clock)) return true;
+    const uint32_t at_warp = write_warp_epoch;
     return by / 32 == thread / 32 && at_warp < machine.warp().epoch;
   }
 
   bool read() {
-    const bool fine = ordered(writer, write_epoch, write_warp_epoch);
+    const bool fine = after_write();
     const int thread = machine.current->thread;
     if (read_epoch != machine.epoch || reader_warp == kNobody) {
       reader_warp = thread / 32;
@@ -57,14 +62,32 @@ struct History {
 
   bool write() {
     const int thread = machine.current->thread;
-    bool fine = ordered(writer, write_epoch, write_warp_epoch);
+    bool fine = after_write();
     if (reader_warp != kNobody && read_epoch == machine.epoch && reader != thread)
       fine &= reader_warp == thread / 32 && read_warp_epoch < machine.warp().epoch;
-    writer = thread;
-    write_epoch = machine.epoch;
-    write_warp_epoch = machine.warp().epoch;
-    reader_warp = reader = kNobody;
+    written_by(thread, machine.current->clock[static_cast<size_t>(thread)]);
     return fine;
+  }
+
+  void written_by(int thread, uint32_t clock) {
+    writer = thread;
+    write_clock = clock;
+    write_epoch = machine.epoch;
+    write_warp_epoch = machine.warps[static_cast<size_t>(thread / 32)].epoch;
+    reader_warp = reader = kNobody;
+  }
+};
+
+// Who reads through the asynchronous proxy: what all threads knew that asked for it, and when they fenced at the
+// latest.
+struct ProxyReader {
+  uint64_t fence = ~uint64_t{0};
+  std::vector<uint32_t> clock;
+
+  void asked_by(const Fiber& fiber) {
+    fence = std::min(fence, fiber.proxy_fence);
+    if (clock.empty()) clock = fiber.clock;
+    for (size_t i = 0; i < clock.size(); ++i) clock[i] = std::min(clock[i], fiber.clock[i]);
   }
 };
 
@@ -131,26 +154,77 @@ class SharedMemory {
     if (address >= base && address - base + 16 <= bytes_.size()) memcpy(&bytes_[address - base], data, 16);
   }
 
-  void end_copy(uint32_t address, Site site) {
-    if (!inside(address, 16, site)) return;
+  // From here on it counts as a write of that thread, at that time by its own clock.
+  void end_copy(uint32_t address, int thread, uint32_t clock) {
+    if (address < base || address - base + 16 > bytes_.size()) return;
     for (uint32_t i = 0; i < 16; i += 4) {
       Word& word = words_[(address - base + i) / 4];
       word.flight = History::kNobody;
-      word.history.write();  // from here on it counts as a write of the thread that waited
+      word.history.written_by(thread, clock);
+      word.written_at = ++machine.now;
     }
   }
 
+  // 16 bytes as the asynchronous proxy sees them: NaN where neither the reader nor who wrote them has fenced since.
+  void read_by_proxy(uint32_t address, void* out, const ProxyReader& reader, Site site) {
+    memset(out, 0xFF, 16);
+    if (!inside(address, 16, site)) return;
+    memcpy(out, &bytes_[address - base], 16);
+    for (uint32_t i = 0; i < 16; i += 4) {
+      const Word& word = words_[(address - base + i) / 4];
+      const int writer = word.history.writer;
+      if (word.flight != History::kNobody) machine.fault(kInFlight, "asynchronous read of a copy in flight", site);
+      if (writer < 0 || writer >= machine.threads) {
+        machine.fault(kUninitialised, "asynchronous read of shared memory never written", site);
+        continue;
+      }
+      const size_t by = static_cast<size_t>(writer);
+      if (word.history.write_epoch == machine.epoch && reader.clock[by] < word.history.write_clock)
+        machine.fault(kSharedRace, "asynchronous read races with a write", site);
+      if (reader.fence > word.written_at || machine.fibers[by].proxy_fence > word.written_at) continue;
+      machine.fault(kProxy, "no proxy fence between a write and an asynchronous read", site);
+      memset(static_cast<char*>(out) + i, 0xFF, 4);
+    }
+  }
+
+  // Product number `number` of a warpgroup may read these 16 bytes until all its warps have waited for it.
+  void mark_operand(uint32_t address, int group, uint32_t number) {
+    if (address < base || address - base + 16 > bytes_.size()) return;
+    for (uint32_t i = 0; i < 16; i += 4) words_[(address - base + i) / 4].product[group] = number;
+  }
+  // A bulk copy begins to read these bytes, or has done so.
+  void count_reader(uint32_t address, uint32_t bytes, int change) {
+    for (uint32_t i = 0; i < bytes; i += 4)
+      if (address >= base && address - base + i < bytes_.size())
+        words_[(address - base + i) / 4].bulk_readers += change;
+  }
+
  private:
+  static constexpr int kGroups = 4;  // warpgroups of a block
   struct Word {
     History history;
     int flight = History::kNobody;
+    uint64_t written_at = 0;         // by machine.now
+    uint32_t product[kGroups] = {};  // the last that reads it, by warpgroup
+    int bulk_readers = 0;
   };
+
+  // Whether the current thread knows of every warp that it is done with the products that read this word.
+  static bool after_products(const Word& word) {
+    for (int group = 0; group < kGroups; ++group)
+      for (int warp = 4 * group; word.product[group] && warp < 4 * group + 4; ++warp)
+        if (!machine.current->knows(machine.threads + warp, word.product[group])) return false;
+    return true;
+  }
 
   void claim(uint32_t address, uint32_t bytes, Site site) {
     for (uint32_t i = 0; i < bytes; i += 4) {
       Word& word = words_[(address - base + i) / 4];
       if (word.flight != History::kNobody) machine.fault(kInFlight, "write to a copy in flight", site);
       if (!word.history.write()) machine.fault(kSharedRace, "shared write races with another access", site);
+      if (!after_products(word)) machine.fault(kSharedRace, "shared write races with a product that reads it", site);
+      if (word.bulk_readers) machine.fault(kSharedRace, "shared write races with a bulk copy that reads it", site);
+      word.written_at = ++machine.now;
     }
   }
 

@@ -4,7 +4,7 @@
 #include <algorithm>
 #include <cmath>
 
-#include "memory.h"
+#include "hopper.h"
 #include "params.h"
 
 #define FASTATTN_DEVICE inline
@@ -20,26 +20,20 @@ inline int block_index_x() { return static_cast<int>(simt::machine.block_index.x
 inline int block_index_y() { return static_cast<int>(simt::machine.block_index.y); }
 inline uint32_t shared_base() { return simt::shared.base; }
 
-// Copies may land whenever they like between issue and wait.
-inline void land(simt::Copy& copy) {
-  if (copy.landed) return;
-  unsigned char data[16] = {};
-  if (copy.bytes && simt::global.read(copy.source, 16, copy.site)) memcpy(data, copy.source, 16);
-  simt::shared.land(copy.target, data);
-  copy.landed = true;
-}
-inline void perhaps_land() {
-  if (simt::machine.landing != simt::Landing::between) return;
-  for (simt::Copy& copy : simt::machine.current->copies)
-    if (simt::machine.random() & 1) land(copy);
-}
+inline int compute_capability() { return simt::machine.compute_capability; }
 
 inline void block_barrier(simt::Site site = simt::here()) {
   simt::machine.barrier(site);
-  perhaps_land();
+  simt::perhaps_land();
 }
 inline void warp_barrier(simt::Site site = simt::here()) {
-  simt::machine.collective(site, [](simt::Warp& warp) { ++warp.epoch; });
+  simt::machine.collective(site, [](simt::Warp& warp) {
+    ++warp.epoch;
+    simt::Fiber* lanes = &simt::machine.fibers[static_cast<size_t>(&warp - simt::machine.warps.data()) * 32];
+    std::vector<uint32_t> known;
+    for (int lane = 0; lane < 32; ++lane) lanes[lane].publish(known);
+    for (int lane = 0; lane < 32; ++lane) lanes[lane].learn(known);
+  });
 }
 
 template <class V>
@@ -225,11 +219,11 @@ void mma_16816(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, 
 
 // ---------------------------------------------------------------- asynchronous copies
 inline void cp_async16(uint32_t target, const void* source, bool wanted, simt::Site site = simt::here()) {
-  perhaps_land();
+  simt::perhaps_land();
   simt::banks.access(site, target, 16);
   simt::shared.begin_copy(target, site);
   simt::Copy copy{target, source, wanted ? 16u : 0u, false, site};
-  if (simt::machine.landing == simt::Landing::at_issue) land(copy);
+  if (simt::machine.landing == simt::Landing::at_issue) simt::land(copy);
   simt::machine.current->copies.push_back(copy);
   ++simt::machine.current->ungrouped;
 }
@@ -238,16 +232,19 @@ inline void cp_async_commit() {
   simt::machine.current->ungrouped = 0;
 }
 template <int pending>
-void cp_async_wait(simt::Site site = simt::here()) {
+void cp_async_wait() {
   simt::Fiber& me = *simt::machine.current;
   while (me.groups.size() > pending) {
-    for (size_t i = 0; i < me.groups[0]; ++i) {
-      land(me.copies[i]);
-      simt::shared.end_copy(me.copies[i].target, site);
-    }
-    me.copies.erase(me.copies.begin(), me.copies.begin() + static_cast<long>(me.groups[0]));
+    simt::land_oldest(me, me.groups[0]);
     me.groups.erase(me.groups.begin());
   }
+}
+inline void cp_async_wait_all() {
+  simt::Fiber& me = *simt::machine.current;
+  simt::arrivals.land_all_of(me.thread);
+  simt::land_oldest(me, me.copies.size());
+  me.groups.clear();
+  me.ungrouped = 0;
 }
 
 // ---------------------------------------------------------------- global memory
@@ -266,6 +263,12 @@ inline void store_global16(void* pointer, const uint32_t (&r)[4], simt::Site sit
   if (simt::global.write(pointer, 16, site)) memcpy(pointer, r, 16);
 }
 
+}  // namespace
+}  // namespace fastattn
+#include "ptx_hopper_emulated.h"
+namespace fastattn {
+namespace {
+
 // ---------------------------------------------------------------- launches
 inline const char* error_text(int error) { return error == 1 ? "invalid argument" : "emulated error"; }
 
@@ -283,8 +286,9 @@ int launch_kernel(void (*kernel)(Params), int threads, const Launch& at, const P
       [&] {
         simt::shared.reset(static_cast<size_t>(at.shared_bytes));
         simt::banks.reset_block();
+        simt::begin_block();
       },
-      [] {});
+      [] { simt::end_block(); });
   return 0;
 }
 
