@@ -188,14 +188,14 @@ DTYPES = {"f": "float", "5f16_t": "f16", "6bf16_t": "bf16"}
 
 
 def sampling_report(architecture: str, folder: Path) -> list[dict[str, Any]]:
-    """One row per sampling kernel, which has no main loop to speak of."""
+    """One row per sampling kernel, none of which has a main loop to speak of: the draw, edits, log-probabilities."""
     log = compile_cubin(architecture, "sampling.cu", ("-fmad=false",), folder)[1]
     rows = []
     for name, used in resources(log).items():
-        match = re.search(r"sample_rowsI(?:NS_)?(f|5f16_t|6bf16_t)E", name)
+        match = re.search(r"(sample|edit|rank)_rowsI(?:NS_)?(f|5f16_t|6bf16_t)E", name)
         assert match is not None, name
         rows.append(
-            {"architecture": f"sm_{architecture}", "kernel": "sample", "dtype": DTYPES[match[1]], **used}
+            {"architecture": f"sm_{architecture}", "kernel": match[1], "dtype": DTYPES[match[2]], **used}
         )
     return rows
 
