@@ -26,10 +26,13 @@ test: build $(VENV)/.test
 test-slow: build $(VENV)/.test
 	$(BIN)/python -m pytest -m slow
 
+# sm_90a too: the Hopper kernel is for nothing else.
+BUILD_GPU = FASTATTN_CUDA=on FASTATTN_CUDA_ARCHS="80;90a" $(BIN)/python setup.py build_ext --inplace
+
 # What CI runs in an emulator, on the real thing; and compute-sanitizer over it, where there is one.
 test-gpu: build $(VENV)/.test
 	$(BIN)/python -c "import torch; assert torch.cuda.is_available(), 'PyTorch finds no CUDA device'"
-	FASTATTN_CUDA=on $(BIN)/python setup.py build_ext --inplace
+	$(BUILD_GPU)
 	$(BIN)/python -m pytest tests/test_cuda_*.py tests/triton_kernels
 	if command -v compute-sanitizer; then \
 	  compute-sanitizer --error-exitcode 1 $(BIN)/python -m pytest -q tests/test_cuda_attention.py \
@@ -57,6 +60,7 @@ bench: build $(VENV)/.test
 
 # Beside torch's attention, and flash-attn's and flashinfer's where they are installed. It says so where there is no GPU.
 bench-gpu: build
+	if $(BIN)/python -c "import sys, torch; sys.exit(not torch.cuda.is_available())"; then $(BUILD_GPU); fi
 	$(BIN)/python benchmarks/bench_gpu.py --save
 
 build: $(VENV)/.build

@@ -23,6 +23,7 @@ RESULTS = ROOT / "benchmarks" / "results" / "gpu_static.json"
 ARCHITECTURES = ("80", "86", "89", "90a", "100a", "120")
 HEADDIMS = (32, 64, 96, 128, 192, 256)
 FLOAT_HEADDIMS = (32, 64, 96, 128)  # csrc/cuda/launch.cuh, kMaxTileHeaddim
+HOPPER_HEADDIMS = (64, 128)  # csrc/cuda/launch.cu, forward_kernel
 THREADS = 128  # csrc/cuda/traits.cuh, kThreads
 
 
@@ -70,7 +71,7 @@ def compile_cubin(architecture: str, source: str, flags: tuple[str, ...], folder
 
 
 def attention_flags(headdim: int, dtype: str) -> tuple[str, ...]:
-    """Of forward.cu and backward.cu, for one headdim and dtype."""
+    """Of forward.cu, hopper.cu and backward.cu, for one headdim and dtype."""
     return (
         f"-DFASTATTN_HEADDIM={headdim}",
         f"-DFASTATTN_CUDA_TYPES={dtype if dtype == 'float' else dtype + '_t'}",
@@ -89,9 +90,9 @@ def resources(log: str) -> dict[str, dict[str, int]]:
     return found
 
 
-def resident_warps(chip: Chip, registers: int, shared_bytes: int) -> int:
+def resident_warps(chip: Chip, registers: int, shared_bytes: int, threads: int) -> int:
     """Warps that fit a multiprocessor: registers go by 256 per warp, a block costs 1 KiB of shared memory more."""
-    warps = THREADS // 32
+    warps = threads // 32
     by_registers = chip.registers // (-(-registers * 32 // 256) * 256) // warps
     by_shared = chip.shared_bytes // (-(-(shared_bytes + 1024) // 128) * 128)
     return min(by_registers, by_shared, chip.warps // warps, chip.blocks) * warps
@@ -108,8 +109,8 @@ def operations(lines: list[str]) -> list[str]:
     return [name for name in found if not name.startswith("NOP")]
 
 
-def main_loop(lines: list[str]) -> list[str]:
-    """The loop with the most tensor instructions; of several the shortest, which is the one without masks."""
+def main_loop(lines: list[str], step: int | None = None) -> list[str]:
+    """The loop with the most tensor instructions, or with those of a step; of several the shortest, without masks."""
     places = {match[1]: i for i, line in enumerate(lines) if (match := re.match(r"^(\.L_x_\d+):", line))}
     loops = []
     for i, line in enumerate(lines):
@@ -117,13 +118,24 @@ def main_loop(lines: list[str]) -> list[str]:
         if match and places.get(match[1], i) < i:
             body = operations(lines[places[match[1]] : i + 1])
             tensor = sum(name.split(".")[0] in TENSOR for name in body)
-            loops.append((-tensor, len(body), body))
+            if step in (None, tensor):
+                loops.append((-tensor, len(body), body))
     return min(loops)[2] if loops else []
 
 
 def describe(mangled: str) -> dict[str, Any] | None:
     """Headdim, rows of a tile, policy and shared memory of an attention kernel, from its template arguments."""
+    threads, step = THREADS, None
     if match := re.search(
+        r"attention_forward_sm90.*?12HopperTraitsILi(\d+)EE.*?6PolicyILb(\d)ELb(\d)ELb(\d)ELb(\d)EE", mangled
+    ):
+        headdim, *flags = map(int, match.groups())
+        kernel, names = "wgmma forward", ("modifiers", "dropout", "pages", "splits")
+        row_tiles, threads, keys = 2, 3 * THREADS, 128
+        step = headdim // 16 + keys // 16  # waits spin in loops of their own, all around it
+        # csrc/cuda/hopper_tiles.cuh, kSharedBytes
+        shared_bytes = 1024 + 128 * (2 * headdim + 16) + 2 * 2 * keys * headdim * 2 + 9 * 8
+    elif match := re.search(
         r"attention_forward.*?6TraitsILi(\d+)ELi(\d+)ELi(\d+)EE.*?6PolicyILb(\d)ELb(\d)ELb(\d)ELb(\d)EE",
         mangled,
     ):
@@ -150,6 +162,8 @@ def describe(mangled: str) -> dict[str, Any] | None:
         "headdim": headdim,
         "rows": 64 * row_tiles,
         "shared_bytes": shared_bytes,
+        "threads": threads,
+        "step": step,
     }
 
 
@@ -167,14 +181,15 @@ def report(
             continue
         lines = re.split(r"\n\s*\.section", text[text.index(f".text.{name}:") :])[0].split("\n")
         accesses = [x for x in operations(lines) if x.split(".")[0] in GLOBAL and x.split(".")[0] != "LD"]
-        loop = main_loop(lines)
+        threads, step = about.pop("threads"), about.pop("step")
+        loop = main_loop(lines, step)
         kinds = collections.Counter(x.split(".")[0] for x in loop)
         tensor = sum(kinds[kind] for kind in TENSOR)
         rows.append(
             {"architecture": f"sm_{architecture}", "dtype": dtype, **about, **used}
             | {
                 "resident_warps": resident_warps(
-                    CHIPS[architecture], used["registers"], about["shared_bytes"]
+                    CHIPS[architecture], used["registers"], about["shared_bytes"], threads
                 )
             }
             | {"wide_accesses": round(sum(".128" in x for x in accesses) / len(accesses), 3)}
@@ -188,14 +203,14 @@ DTYPES = {"f": "float", "5f16_t": "f16", "6bf16_t": "bf16"}
 
 
 def sampling_report(architecture: str, folder: Path) -> list[dict[str, Any]]:
-    """One row per sampling kernel, which has no main loop to speak of."""
+    """One row per sampling kernel, none of which has a main loop to speak of: the draw, edits, log-probabilities."""
     log = compile_cubin(architecture, "sampling.cu", ("-fmad=false",), folder)[1]
     rows = []
     for name, used in resources(log).items():
-        match = re.search(r"sample_rowsI(?:NS_)?(f|5f16_t|6bf16_t)E", name)
+        match = re.search(r"(sample|edit|rank)_rowsI(?:NS_)?(f|5f16_t|6bf16_t)E", name)
         assert match is not None, name
         rows.append(
-            {"architecture": f"sm_{architecture}", "kernel": "sample", "dtype": DTYPES[match[1]], **used}
+            {"architecture": f"sm_{architecture}", "kernel": match[1], "dtype": DTYPES[match[2]], **used}
         )
     return rows
 
@@ -205,14 +220,22 @@ def float_report(architecture: str, headdim: int, folder: Path) -> list[dict[str
     log = compile_cubin(architecture, "forward.cu", attention_flags(headdim, "float"), folder)[1]
     about = ((describe(name), used) for name, used in resources(log).items())
     head = {"architecture": f"sm_{architecture}", "dtype": "float"}
-    return [head | known | used for known, used in about if known is not None]
+    rows = [head | known | used for known, used in about if known is not None]
+    return [{name: value for name, value in row.items() if name not in ("threads", "step")} for row in rows]
 
 
 # Headdim 64 everywhere; on sm_80 every headdim, and both dtypes, which differ in one instruction's operand.
+UNITS = ("forward", "backward")
 TABLE = [
-    *(("80", headdim, "f16") for headdim in HEADDIMS),
-    *(("80", headdim, "bf16") for headdim in (64, 128)),
-    *((architecture, 64, "f16") for architecture in ARCHITECTURES if architecture != "80"),
+    *(("80", headdim, "f16", unit) for headdim in HEADDIMS for unit in UNITS),
+    *(("80", headdim, "bf16", unit) for headdim in (64, 128) for unit in UNITS),
+    *(
+        (architecture, 64, "f16", unit)
+        for architecture in ARCHITECTURES
+        if architecture != "80"
+        for unit in UNITS
+    ),
+    *(("90a", headdim, dtype, "hopper") for headdim in HOPPER_HEADDIMS for dtype in ("f16", "bf16")),
 ]
 
 
@@ -230,11 +253,10 @@ def main() -> None:
             others += float_report("80", headdim, Path(name))
         for row in others:
             print(*row.values(), flush=True)
-        for architecture, headdim, dtype in () if options.others else TABLE:
-            for unit in ("forward", "backward"):
-                for row in report(architecture, headdim, dtype, Path(name), unit):
-                    print(*row.values(), flush=True)
-                    rows.append(row)
+        for architecture, headdim, dtype, unit in () if options.others else TABLE:
+            for row in report(architecture, headdim, dtype, Path(name), unit):
+                print(*row.values(), flush=True)
+                rows.append(row)
     if options.others:
         rows = json.loads(RESULTS.read_text())["kernels"]
     if options.save:

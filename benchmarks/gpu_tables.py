@@ -8,6 +8,7 @@ Row = dict[str, Any]
 # Columns of the table, and the kernels that stand in each, whichever headdim has it.
 KERNELS = {
     "forward": ("forward plain",),
+    "forward by wgmma": ("wgmma forward plain",),
     "modified": ("forward modifiers",),
     "decode": ("forward splits",),
     "paged decode": ("forward pages splits",),
@@ -15,6 +16,13 @@ KERNELS = {
     "dK and dV": ("dK and dV plain", "dK plain"),
     "dV alone": ("dV plain",),
 }
+
+
+def spilled(rows: list[Row]) -> str:
+    """How much, and by which kernels."""
+    names = [f"{row['kernel']}, headdim {row['headdim']}" for row in rows if row["spill_bytes"]]
+    which = f" ({'; '.join(dict.fromkeys(names))})" if names else ""
+    return f"{sum(row['spill_bytes'] for row in rows)} bytes spilled{which}"
 
 
 def cuda_table(record: Row) -> list[str]:
@@ -47,7 +55,7 @@ def cuda_table(record: Row) -> list[str]:
         *lines,
         "",
         f"All {len(rows)} instantiations compiled, those with dropout, pages and modifiers too: "
-        f"{sum(row['spill_bytes'] for row in rows)} bytes spilled, {min(tiles)} to {max(tiles)} KiB of shared memory a "
+        f"{spilled(rows)}, {min(tiles)} to {max(tiles)} KiB of shared memory a "
         f"block, {', '.join(sorted({row['tensor'] for row in rows}))}. Of the global accesses of the plain kernels "
         f"{wide:.0%} or more move 16 bytes. Bank conflicts, counted for every access site in the emulator: none.",
     ]

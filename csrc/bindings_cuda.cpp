@@ -63,20 +63,29 @@ py::tuple sampling_plan(int64_t batch, int64_t vocab) {
   return py::make_tuple(plan.blocks, plan.board_words);
 }
 
-// tokens or kept is 0: not wanted.
+// tokens or kept is 0: not wanted. logprobs: (n, logprobs, best_ids, best_logprobs, ranks) or None.
 void sample(uintptr_t logits, int64_t stride_batch, int64_t batch, int64_t vocab, int dtype,
             const py::object& temperature, const py::object& top_k, const py::object& top_p, const py::object& min_p,
             const py::object& seeds, const py::object& positions, const py::object& edits, uintptr_t tokens,
-            uintptr_t kept, uintptr_t board, uintptr_t stream) {
+            uintptr_t kept, const py::object& logprobs, uintptr_t edited, uintptr_t board, uintptr_t stream) {
   SamplingNumbers numbers;
   SamplingParams p = sampling_params(logits, stride_batch, batch, vocab, dtype, temperature, top_k, top_p, min_p, seeds,
                                      positions, edits, &numbers);
   p.tokens = pointer<int64_t>(tokens);
   p.kept = pointer<bool>(kept);
+  SamplingMemory memory{pointer<uint64_t>(board), pointer<float>(edited), nullptr};
+  if (!logprobs.is_none()) {
+    const py::tuple t = logprobs;
+    p.best = item<int64_t>(t, 0);
+    p.logprobs = pointer<float>(item<uintptr_t>(t, 1));
+    p.best_ids = pointer<int64_t>(item<uintptr_t>(t, 2));
+    p.best_logprobs = pointer<float>(item<uintptr_t>(t, 3));
+    memory.ranks = pointer<uint64_t>(item<uintptr_t>(t, 4));
+  }
   int error;
   {
     py::gil_scoped_release release;
-    error = cuda_sample(p, plan_sampling(batch, vocab), pointer<uint64_t>(board), pointer<void>(stream));
+    error = cuda_sample(p, plan_sampling(batch, vocab), memory, pointer<void>(stream));
   }
   check("sample", error);
 }

@@ -18,6 +18,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 import gpu_static
 
 MAX_INSTRUCTIONS_PER_HMMA = 6.0  # FlashAttention-2's own kernels: 5.3 to 6.3
+SAMPLING_KERNELS = {"sample", "edit", "rank"}
 
 
 @pytest.fixture(scope="module")
@@ -58,13 +59,17 @@ def test_it_compiles_within_the_budget(tools, architecture, headdim, tmp_path):
 def test_sampling_compiles_within_the_budget(tools, architecture, tmp_path):
     others = json.loads(gpu_static.RESULTS.read_text())["others"]
     budget = {
-        (row["architecture"], row["dtype"]): row["registers"] for row in others if row["kernel"] == "sample"
+        (row["architecture"], row["kernel"], row["dtype"]): row["registers"]
+        for row in others
+        if row["kernel"] in SAMPLING_KERNELS
     }
     rows = gpu_static.sampling_report(architecture, tmp_path)
     assert {row["dtype"] for row in rows} == {"float", "f16", "bf16"}
+    assert {row["kernel"] for row in rows} == SAMPLING_KERNELS
+    assert len(rows) == 9
     for row in rows:
         assert row["spill_bytes"] == 0, row
-        assert row["registers"] <= budget[row["architecture"], row["dtype"]] + 8, row
+        assert row["registers"] <= budget[row["architecture"], row["kernel"], row["dtype"]] + 8, row
 
 
 def test_the_budget_is_what_it_claims():

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from nested import map_tensors
+from sampling_cases import Case, sampling_args
 from test_cuda_attention import plain_args, tensors
 
 import fastattn
@@ -59,6 +61,37 @@ def test_a_decode_step_in_a_graph():
         expected = cuda.attention(args)
         assert torch.equal(out, expected[0])
         assert torch.equal(lse, expected[1])
+
+
+def test_a_sampling_step_in_a_graph():
+    """Logits, edits and positions live on the GPU: one captured step serves as they change."""
+    case = Case(seed=1, vocab=40000, batch=2)
+    ours, _ = case.edits("pba", "sparse")
+    positions = torch.zeros(2, dtype=torch.int64)
+    args = sampling_args(case.logits, **ours, top_p=0.9, positions=positions, logprobs=5)
+    moved = map_tensors(args, torch.Tensor.cuda)
+    cuda.sample(moved)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        tokens, logprobs = cuda.sample(moved)
+    for _ in range(3):
+        moved.positions.add_(1)
+        moved.logits.add_(torch.randn(2, 40000, device="cuda"))
+        graph.replay()
+        expected = cuda.sample(moved)
+        assert torch.equal(tokens, expected[0])
+        assert all(map(torch.equal, logprobs, expected[1]))
+
+
+def test_sampling_by_the_public_face():
+    case = Case(seed=2, vocab=5000)
+    ours, _ = case.edits("pba", "sparse")
+    expected = fastattn.sample(case.logits, **ours, seeds=3, top_k=50, return_logprobs=4)
+    edits = map_tensors(ours, torch.Tensor.cuda)
+    found = fastattn.sample(case.logits.cuda(), **edits, seeds=3, top_k=50, return_logprobs=4, backend="cuda")
+    assert torch.equal(found.tokens.cpu(), expected.tokens)
+    assert torch.equal(found.top_ids.cpu(), expected.top_ids)
+    torch.testing.assert_close(found.top_logprobs.cpu(), expected.top_logprobs, rtol=1e-6, atol=2e-6)
 
 
 def test_another_stream():

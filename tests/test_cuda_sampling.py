@@ -6,25 +6,9 @@ import math
 
 import pytest
 import torch
-from simt.probes import sampling_args
+from sampling_cases import EXTREME_LOGITS, EXTREME_PARAMETERS, PARAMETERS, sampling_args
 
 from fastattn.backends import cpu, cuda, reference
-
-PARAMETERS = {
-    "plain": {},
-    "temperature": {"temperature": 0.7},
-    "greedy": {"temperature": 0.0},
-    "uniform": {"temperature": math.inf},
-    "cold": {"temperature": 1e-30},
-    "top_k": {"top_k": 7},
-    "top_k 1": {"top_k": 1},
-    "top_k half": {"top_k": 101},
-    "top_p": {"top_p": 0.8},
-    "top_p 0": {"top_p": 0.0},
-    "top_p nearly 1": {"top_p": 1.0 - 1e-9, "temperature": 0.3},
-    "min_p": {"min_p": 0.2},
-    "all": {"temperature": 1.3, "top_k": 20, "top_p": 0.9, "min_p": 0.05},
-}
 
 
 def check(machine, args, seeds=(1,)):
@@ -104,15 +88,8 @@ def test_zeros_are_equal_whatever_their_sign(machine):
 
 
 def test_extreme_logits(machine):
-    logits = torch.tensor([[3.4e38, -3.4e38, 1.0], [-3.4e38, -3.4e38, -3.3e38], [1e-45, 0.0, -1e-45]])
-    for call in (
-        {},
-        {"top_p": 0.5},
-        {"min_p": 0.5},
-        {"temperature": 1e-38},
-        {"temperature": 1e30, "top_k": 2},
-    ):
-        check(machine, sampling_args(logits, seeds=4, **call))
+    for call in EXTREME_PARAMETERS:
+        check(machine, sampling_args(EXTREME_LOGITS, seeds=4, **call))
 
 
 def test_a_row_that_has_no_token_says_why_and_harms_nobody(machine):
@@ -135,8 +112,8 @@ def test_no_rows(machine):
     [
         (sampling_args(torch.zeros(1, 3).double()), "lacks dtype 'float64'"),
         (sampling_args(torch.zeros(1, 1).expand(1, (1 << 22) + 1)), "lacks vocabularies above 4194304"),
-        (sampling_args(torch.zeros(1, 3))._replace(logprobs=2), "lacks 'logprobs'"),
-        (sampling_args(torch.zeros(1, 3))._replace(survivors=True), None),
+        (sampling_args(torch.zeros(1, 3), logprobs=2, allowed=torch.ones(3).bool()), None),
+        (sampling_args(torch.zeros(1, 3), survivors=True, logit_bias=torch.zeros(3)), None),
     ],
 )
 def test_what_it_refuses(args, reason):

@@ -11,124 +11,25 @@ import sampling_oracle as oracle
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from sampling_cases import INF, WHICH, Case, packed, sampling_args
 from torch import Tensor
 
 import fastattn
 from fastattn import SampledTokens, TokenCounts, token_counts
-from fastattn.args import SamplingArgs
 from fastattn.backends import cpu, reference_sampling
-from fastattn.sampling_checks import logit_edits
 
-INF = math.inf
 BACKENDS = ["cpu", "reference"]
 
 
 def survivors(backend: str, logits: Tensor, edits: dict[str, Any], **changes: Any) -> np.ndarray:
     """The kept set of each row, (batch, vocab) bool."""
-    filters = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0} | changes
-    penalties = {"repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
-    checked = logit_edits(
-        logits,
-        edits.get("logit_bias"),
-        edits.get("allowed"),
-        tuple((penalties | edits)[name] for name in penalties),
-        edits.get("token_counts"),
-        edits.get("prompt_mask"),
-    )
-    args = SamplingArgs(logits=logits, **filters, seeds=0, positions=0, edits=checked)
+    args = sampling_args(logits, **changes, **edits)
     if backend == "cpu":
         return cpu.survivors(args).numpy()
     order, _, kept = reference_sampling.survivors(args)
     return torch.zeros_like(kept).scatter_(1, order, kept).numpy()
 
 
-def packed(mask: np.ndarray) -> Tensor:
-    """(batch, vocab) bool as (batch, ceil(vocab / 32)) int32."""
-    words = np.zeros((len(mask), -(-mask.shape[1] // 32) * 32), dtype=bool)
-    words[:, : mask.shape[1]] = mask
-    return torch.from_numpy(np.packbits(words, axis=1, bitorder="little").view(np.int32))
-
-
-class Case:
-    """A batch with everything that can be said about its tokens, from one seed."""
-
-    def __init__(self, seed: int, vocab: int, batch: int = 3) -> None:
-        rng = np.random.default_rng(seed)
-        self.shape = (batch, vocab)
-        self.logits = torch.from_numpy((3 * rng.standard_normal(self.shape)).astype(np.float32))
-        self.logits[torch.from_numpy(rng.random(self.shape) < 0.1)] = -INF
-        seen = min(vocab, 60)
-        self.prompts = [rng.integers(0, vocab, rng.integers(0, seen + 1)).tolist() for _ in range(batch)]
-        self.written = rng.integers(0, vocab, (batch, seen))  # (batch, steps)
-        self.written[:, seen // 2 :] = self.written[:, : seen - seen // 2]  # some more than once
-        self.counts = np.stack([np.bincount(row, minlength=vocab) for row in self.written])
-        self.prompt = np.zeros(self.shape, dtype=bool)
-        for row, ids in zip(self.prompt, self.prompts):
-            row[ids] = True
-        self.ids = rng.integers(-1, vocab, (batch, 40))  # (batch, n), some twice
-        self.values = np.float32(4 * rng.standard_normal(self.ids.shape))
-        self.values[:, ::9] = -INF
-        self.bias = np.zeros(self.shape)
-        for row in range(batch):
-            for i, value in zip(self.ids[row], self.values[row]):
-                self.bias[row, i] += value if i >= 0 else 0.0
-        self.allowed = rng.random(self.shape) < 0.7
-        best = self.logits.argmax(1).numpy()
-        for row in range(batch):  # something is left
-            self.allowed[row, best[row]] = True
-            self.bias[row, best[row]] = 0.0
-            self.ids[row][self.ids[row] == best[row]] = -1
-
-    def seen(self, form: str) -> dict[str, Any]:
-        if form == "dense":
-            return {
-                "token_counts": torch.from_numpy(self.counts),
-                "prompt_mask": torch.from_numpy(self.prompt),
-            }
-        counts = TokenCounts(self.prompts, self.shape[1])
-        for step in range(self.written.shape[1]):
-            counts.add(torch.from_numpy(self.written[:, step]))
-        return {"token_counts": counts}
-
-    def logit_bias(self, form: str) -> Any:
-        if form == "dense":
-            return torch.from_numpy(self.bias).float()
-        return torch.from_numpy(self.ids), torch.from_numpy(self.values)
-
-    def mask(self, form: str) -> Tensor:
-        return torch.from_numpy(self.allowed) if form == "dense" else packed(self.allowed)
-
-    def edits(self, which: str, form: str) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Keywords of fastattn.sample, and of the oracle with a leading row axis."""
-        ours: dict[str, Any] = {}
-        theirs: dict[str, Any] = {}
-        if "p" in which:
-            ours |= {"repetition_penalty": 1.3, "presence_penalty": 0.7, "frequency_penalty": 0.3}
-            ours |= self.seen(form)
-            theirs |= {"counts": self.counts, "prompt": self.prompt}
-        if "b" in which:
-            ours["logit_bias"] = self.logit_bias(form)
-            theirs["bias"] = self.bias
-        if "a" in which:
-            ours["allowed"] = self.mask(form)
-            theirs["allowed"] = self.allowed
-        return ours, theirs
-
-    def edited(self, theirs: dict[str, Any], logits: Tensor | None = None) -> Tensor:
-        """(batch, vocab) float32, by the oracle."""
-        numbers = {"repetition": 1.3, "presence": 0.7, "frequency": 0.3} if "counts" in theirs else {}
-        rows = (self.logits if logits is None else logits).float().numpy()
-        return torch.from_numpy(
-            np.stack(
-                [
-                    oracle.edited(x, **{k: v[n] for k, v in theirs.items()}, **numbers)
-                    for n, x in enumerate(rows)
-                ]
-            )
-        )
-
-
-WHICH = ["p", "b", "a", "pb", "pa", "ba", "pba"]
 FILTERS: list[dict[str, Any]] = [
     {},
     {"temperature": 0.0},

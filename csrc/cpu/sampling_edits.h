@@ -3,6 +3,7 @@
 #pragma once
 
 #include "cpu/sampling_row.h"
+#include "logit_edits.h"
 
 namespace fastattn {
 namespace {
@@ -54,10 +55,7 @@ class EditedRow {
         x_(x),
         vocab_(vocab),
         index_(index),
-        repetition_(e.repetition[index]),
-        inverse_(1.0 / repetition_),
-        presence_(e.presence[index]),
-        frequency_(e.frequency[index]) {
+        penalties_(e.repetition[index], e.presence[index], e.frequency[index]) {
     const int64_t entries = vocab + kListSpare;
     values_ = static_cast<float*>(memory);
     ids_ = reinterpret_cast<int32_t*>(values_ + entries);
@@ -230,11 +228,6 @@ class EditedRow {
 
   void leave_out(int64_t id) { bits_[id / 8] = static_cast<uint8_t>(bits_[id / 8] & ~(1u << id % 8)); }
 
-  double penalised(float logit, int32_t count) const {
-    const double x = logit, scaled = x * (x > 0.0 ? inverse_ : repetition_);
-    return count > 0 ? scaled - frequency_ * count - presence_ : scaled;
-  }
-
   static Vec gathered(const float* x, const int32_t* ids) { return Vec::gather(x, ids); }
 
   template <class Half>
@@ -244,18 +237,18 @@ class EditedRow {
     return Vec::load(values);
   }
 
-  // What penalise() works with, in every lane.
-  struct Penalties {
+  // Penalties in every lane.
+  struct PenaltyLanes {
     using F64 = typename Vec::F64;
     F64 repetition, inverse, presence, frequency;
 
-    explicit Penalties(const EditedRow& row)
-        : repetition(F64{} + row.repetition_),
-          inverse(F64{} + row.inverse_),
-          presence(F64{} + row.presence_),
-          frequency(F64{} + row.frequency_) {}
+    explicit PenaltyLanes(const Penalties& one)
+        : repetition(F64{} + one.repetition),
+          inverse(F64{} + one.inverse),
+          presence(F64{} + one.presence),
+          frequency(F64{} + one.frequency) {}
 
-    // penalised() of kLanes tokens; of one never written a zero is taken off.
+    // Penalties::penalised of kLanes tokens; of one never written a zero is taken off.
     void penalise(Vec x, const int32_t* counts, float* out) const {
       constexpr int kHalf = Vec::kLanes / 2;
       typedef float Single __attribute__((vector_size(sizeof(F64) / 2)));
@@ -273,15 +266,14 @@ class EditedRow {
 
   void edit_seen(const Seen& seen) {
     constexpr int kLanes = Vec::kLanes;
-    const Penalties penalties(*this);
+    const PenaltyLanes lanes(penalties_);
     int64_t i = 0;
-    for (; i + kLanes <= seen.n; i += kLanes)
-      penalties.penalise(gathered(x_, seen.ids + i), seen.counts + i, values_ + i);
+    for (; i + kLanes <= seen.n; i += kLanes) lanes.penalise(gathered(x_, seen.ids + i), seen.counts + i, values_ + i);
     if (i < seen.n) {
       int32_t ids[kLanes] = {}, counts[kLanes] = {};
       memcpy(ids, seen.ids + i, static_cast<size_t>(seen.n - i) * sizeof *ids);
       memcpy(counts, seen.counts + i, static_cast<size_t>(seen.n - i) * sizeof *counts);
-      penalties.penalise(gathered(x_, ids), counts, values_ + i);
+      lanes.penalise(gathered(x_, ids), counts, values_ + i);
     }
     if (e_.allowed || e_.allowed_bits)
       for (i = 0; i < seen.n; ++i)
@@ -298,7 +290,7 @@ class EditedRow {
       const uint32_t id = next_seen < next_biased ? next_seen : next_biased;
       const float logit = to_single<Vec>(x_ + id);
       double x = logit;
-      if (next_seen == id) x = penalised(logit, seen.counts[s++]);
+      if (next_seen == id) x = penalties_.penalised(logit, seen.counts[s++]);
       double bias = 0.0;
       for (; b < biased && bias_ids_[b] == id; ++b) bias += static_cast<double>(bias_values_[b]);
       if (next_biased == id) x += bias;
@@ -316,7 +308,7 @@ class EditedRow {
     for (; i < vocab_; ++i) copy_[i] = to_single<Vec>(x_ + i) + bias[i];
     for (int64_t s = 0; s < seen.n; ++s) {
       const int32_t id = seen.ids[s];
-      const double x = penalised(to_single<Vec>(x_ + id), seen.counts[s]);
+      const double x = penalties_.penalised(to_single<Vec>(x_ + id), seen.counts[s]);
       copy_[id] = static_cast<float>(x + static_cast<double>(bias[id]));
     }
   }
@@ -324,7 +316,7 @@ class EditedRow {
   const LogitEdits& e_;
   const T* x_;
   int64_t vocab_, index_;
-  double repetition_, inverse_, presence_, frequency_;
+  Penalties penalties_;
   float* values_;
   int32_t *ids_, *seen_ids_, *seen_counts_;
   uint32_t* bias_ids_;

@@ -252,10 +252,10 @@ attention_forward_sm90(FASTATTN_GRID_CONSTANT ForwardParams params) {
   HopperShared<Traits>().init_barriers();
   const bool sees_keys = range.begin < range.end;
   if (thread_index() < kThreads) {
-    give_registers_back<Traits::kCopyRegisters>();
+    give_registers_back<Traits::template kCopyRegisters<Policy::kPaged>>();
     if (sees_keys) HopperProducer<Traits, Policy>(params, sequence, first_row).run(tiles);
   } else {
-    take_registers<Traits::kProductRegisters>();
+    take_registers<Traits::template kProductRegisters<Policy::kPaged>>();
     HopperConsumer<T, Traits, Policy> consumer(params.attention, sequence, first_row);
     if (sees_keys) consumer.walk(tiles);
     consumer.finish();

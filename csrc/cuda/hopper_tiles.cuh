@@ -48,9 +48,14 @@ struct HopperTraits {
   static constexpr int kDim = kDim_, kRowTiles = 1, kElementBytes = 2;
   static constexpr int kGroups = 2, kGroupRows = 64, kRows = kGroups * kGroupRows, kKeys = 128, kStages = 2;
   static constexpr int kBlockThreads = kThreads * (1 + kGroups);
-  // Of a thread that copies and of one that multiplies: together what the block was launched with, 168 each.
-  static constexpr int kCopyRegisters = 56, kProductRegisters = 224;
-  static_assert(kCopyRegisters + kGroups * kProductRegisters <= 3 * 168);
+  // Of a thread that copies and of one that multiplies, in eights: together what the block was launched with, 168 each.
+  // Pages are looked up by the threads that copy. So chosen, nothing spills but 128 with pages and modifiers.
+  template <bool paged>
+  static constexpr int kCopyRegisters = paged        ? 56
+                                        : kDim <= 64 ? 24
+                                                     : 40;
+  template <bool paged>
+  static constexpr int kProductRegisters = (3 * 168 - kCopyRegisters<paged>) / kGroups / 8 * 8;
 
   static constexpr int kChunkElements = 8, kChunks = kDim / kChunkElements;
   static constexpr int kRowLanes = 8, kCopyRows = kThreads / kRowLanes, kCopyColumns = kChunks / kRowLanes;

@@ -11,7 +11,7 @@ struct SplitPlan {
   int splits, padded_rows;
 };
 
-// How many blocks share a row of logits, and the words of 8 bytes on which they leave what they find.
+// How many blocks share a row of logits, and the words of 8 bytes of the board, on which they leave what they find.
 struct SamplingPlan {
   int blocks;
   int64_t board_words;
@@ -24,8 +24,7 @@ const char* cuda_architectures();  // "sm_80 sm_90 ..."
 
 // Which kernel cuda_attention_forward launches. wgmma (attention_fwd_sm90.cuh): 16-bit calls of more than 64 rows of a
 // KV head (queries times its GQA group) and headdim 33 to 64 or 97 to 128, on GPUs of compute capability 9.0, where
-// FASTATTN_CUDA_SM90A says that hopper.cu is linked in; so far that is the emulator's build alone. mma
-// (attention_fwd.cuh): all others.
+// FASTATTN_CUDA_SM90A says that hopper.cu is linked in. mma (attention_fwd.cuh): all others.
 enum class ForwardKernel { mma, wgmma };
 ForwardKernel forward_kernel(const AttentionParams& p);
 
@@ -44,8 +43,18 @@ int cuda_append_kv(const KVAppendParams& p, void* stream);
 
 SamplingPlan plan_sampling(int64_t batch, int64_t vocab);
 
-// logits are f32, f16 or bf16. A parameter of stride 0 is read here and now, on the host; the others, logits, tokens
-// and kept lie on the GPU. Rows without a token have a negative SamplingError. Returns a cudaError_t.
-int cuda_sample(const SamplingParams& p, const SamplingPlan& plan, uint64_t* board, void* stream);
+// The working memory of a call.
+struct SamplingMemory {
+  uint64_t* board;  // (board_words,)
+  float* edited;    // (batch, vocab); null without edits
+  uint64_t* ranks;  // (batch, best); null without log-probabilities
+};
+
+// logits are f32, f16 or bf16. A parameter of stride 0 is read here and now, on the host; all else lies on the GPU.
+// bias_ids ascend in each row, those of one token in the order in which their values are added.
+// Rows without a token have a negative SamplingError, of a row with edits that of the edited row, and kEditedHasNaN for
+// an id of bias_ids that is none. Their log-probabilities are NaN, and those of a row that came without a finite logit
+// or with NaN or +inf, which has no token then, are all NaN, of ids -1. Returns a cudaError_t.
+int cuda_sample(const SamplingParams& p, const SamplingPlan& plan, const SamplingMemory& memory, void* stream);
 
 }  // namespace fastattn

@@ -44,7 +44,8 @@ struct Histogram {
 
 // Behind the histogram: what warps tell each other, in words of 8 bytes. No two uses of a step share a word.
 constexpr int kMaxReduced = 4, kTotalsAt = 0, kCrossingAt = kTotalsAt + kSampleWarps, kReducedAt = kCrossingAt + 3;
-constexpr int kSampleSharedBytes = Histogram::kBytes + (kReducedAt + kSampleWarps * kMaxReduced) * 8;
+constexpr int kCounterAt = kReducedAt + kSampleWarps * kMaxReduced;
+constexpr int kSampleSharedBytes = Histogram::kBytes + (kCounterAt + 1) * 8;
 FASTATTN_DEVICE uint32_t word_at(int i) { return shared_base() + Histogram::kBytes + static_cast<uint32_t>(i) * 8; }
 
 // merge() of all threads' values, written to `out` by thread 0.

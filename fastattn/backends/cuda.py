@@ -19,12 +19,12 @@ except ImportError as error:
     _IMPORT_ERROR = str(error)
 
 if TYPE_CHECKING:
-    from fastattn.args import AttentionArgs, KVAppendArgs, SamplingArgs
+    from fastattn.args import AttentionArgs, KVAppendArgs, LogitEdits, SamplingArgs
 
 NAME = "cuda"
 FEATURES = frozenset(
     {"window", "softcap", "alibi", "bias", "mask", "sinks", "dropout", "varlen", "leftpad", "cache_batch_idx", "paged",
-     "gradients", "survivors"}
+     "gradients", "survivors", "penalties", "logit_bias", "allowed", "logprobs"}
 )  # fmt: skip
 _NO_GRADIENTS_WITH = frozenset({"leftpad", "cache_batch_idx", "paged"})
 MAX_HEADDIM = {
@@ -34,6 +34,7 @@ MAX_HEADDIM = {
 }  # csrc/cuda/launch.cuh, kMaxTileHeaddim
 _MAX_VOCAB = 1 << 22  # csrc/params.h, kMaxVocab
 _CHUNK = 8  # elements that one copy moves: 16 bytes
+_Logprobs = tuple[Tensor, Tensor, Tensor]  # of the drawn tokens (batch,), the best ids (batch, n) and theirs
 
 
 @functools.cache  # every call asks
@@ -181,16 +182,28 @@ def _narrowed(x: Tensor, dims: int) -> Tensor:
     return x if x.shape[3] == dims else x[..., :dims].contiguous()
 
 
-def sample(args: SamplingArgs) -> tuple[Tensor, None]:
-    """One token per row, (batch,) int64; -1 for a row that has none. Nothing waits for the GPU."""
-    return tokens_or_errors(args).clamp_(min=-1), None
+def sample(args: SamplingArgs) -> tuple[Tensor, _Logprobs | None]:
+    """One token per row, (batch,) int64, -1 for a row that has none; and log-probabilities (batch,), ids, (batch, n).
+
+    Nothing waits for the GPU. A row of which there is no softmax has no token, NaN for log-probabilities, and ids -1.
+    """
+    tokens, logprobs = tokens_or_errors(args)
+    return tokens.clamp_(min=-1), logprobs
 
 
-def tokens_or_errors(args: SamplingArgs) -> Tensor:
+def tokens_or_errors(args: SamplingArgs) -> tuple[Tensor, _Logprobs | None]:
     """As ``sample``, but of a row without a token the negative reason: csrc/params.h, SamplingError."""
-    tokens = args.logits.new_empty(args.logits.shape[0], dtype=torch.int64)
-    _sample(args, tokens=tokens)
-    return tokens
+    batch, n = args.logits.shape[0], args.logprobs
+    tokens = args.logits.new_empty(batch, dtype=torch.int64)
+    logprobs = None
+    if n:
+        logprobs = (
+            args.logits.new_empty(batch, dtype=torch.float32),
+            args.logits.new_empty((batch, n), dtype=torch.int64),
+            args.logits.new_empty((batch, n), dtype=torch.float32),
+        )
+    _sample(args, tokens=tokens, logprobs=logprobs)
+    return tokens, logprobs
 
 
 def survivors(args: SamplingArgs) -> Tensor:
@@ -200,12 +213,41 @@ def survivors(args: SamplingArgs) -> Tensor:
     return kept
 
 
-def _sample(args: SamplingArgs, tokens: Tensor | None = None, kept: Tensor | None = None) -> None:
+def _sample(
+    args: SamplingArgs,
+    tokens: Tensor | None = None,
+    kept: Tensor | None = None,
+    logprobs: _Logprobs | None = None,
+) -> None:
     logits = args.logits
-    words = _cuda.plan_sampling(*logits.shape)[1]
-    board = logits.new_empty(words, dtype=torch.int64)
+    board = logits.new_empty(_cuda.plan_sampling(*logits.shape)[1], dtype=torch.int64)
+    edited, best = None, None
+    if args.edits is not None:
+        args = args._replace(edits=_with_ascending_bias(args.edits))
+        edited = logits.new_empty(logits.shape, dtype=torch.float32)
+    if logprobs is not None:
+        ranks = logits.new_empty(logprobs[1].shape, dtype=torch.int64)
+        best = (args.logprobs, *map(calls.address, (*logprobs, ranks)))
     with _on_device(logits):
-        _cuda.sample(*calls.sampling_call(args), *map(calls.address, (tokens, kept, board)), _stream(logits))
+        _cuda.sample(
+            *calls.sampling_call(args),
+            *map(calls.address, (tokens, kept)),
+            best,
+            *map(calls.address, (edited, board)),
+            _stream(logits),
+        )
+
+
+def _with_ascending_bias(edits: LogitEdits) -> LogitEdits:
+    """The biases of each row by ascending id: the kernel adds up those of one token, which are neighbours then."""
+    if not isinstance(edits.logit_bias, tuple):
+        return edits
+    ids, values = edits.logit_bias  # each (batch, n)
+    batch = ids.shape[0]
+    if ids.stride(0) == values.stride(0) == 0:  # one list for all rows
+        ids, values = ids[:1], values[:1]
+    ids, order = ids.sort(dim=1, stable=True)
+    return edits._replace(logit_bias=(ids.expand(batch, -1), values.gather(1, order).expand(batch, -1)))
 
 
 def _on_device(x: Tensor) -> torch.cuda.device:

@@ -21,6 +21,8 @@ from typing import Any
 from unittest import mock
 
 import pybind11
+import torch
+from nested import tensors_in
 from torch import Tensor
 
 from fastattn import calls
@@ -159,6 +161,12 @@ class Emulator:
             return cuda.append_kv(args)
 
     def sample(self, args: SamplingArgs, seed: int = 1) -> Tensor:
+        """The tokens of ``cuda.tokens_or_errors``, one run."""
+        return self.sample_with_logprobs(args, seed)[0]
+
+    def sample_with_logprobs(
+        self, args: SamplingArgs, seed: int = 1
+    ) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor] | None]:
         """``cuda.tokens_or_errors``, one run."""
         self.reset(seed, "between")
         with self._in_place(args):
@@ -175,9 +183,8 @@ class Emulator:
         self, args: Any, written: tuple[str, ...] = (), given: tuple[Tensor, ...] = ()
     ) -> Iterator[None]:
         names = getattr(args, "_fields", args.__slots__)
-        inputs = {name: x for name in names if isinstance(x := getattr(args, name), Tensor)}
-        readonly = {x.data_ptr() for name, x in inputs.items() if name not in written}
-        readonly |= {x.data_ptr() for x in given}
+        inputs = tuple(getattr(args, name) for name in names if name not in written)
+        readonly = {x.data_ptr() for x in tensors_in((inputs, given))}
         known: set[int] = set()
 
         def address(x: Tensor | None) -> int:
@@ -195,7 +202,9 @@ class Emulator:
 
         def poisoned(self: Tensor, *shape: Any, **keywords: Any) -> Tensor:
             x = new_empty(self, *shape, **keywords)
-            return x.fill_(float("nan")) if x.is_floating_point() else x
+            if x.dtype == torch.bool:
+                return x
+            return x.fill_(float("nan") if x.is_floating_point() else torch.iinfo(x.dtype).min // 3)
 
         with (
             mock.patch.object(cuda, "_cuda", self.module),

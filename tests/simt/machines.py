@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from nested import map_tensors
 from simt.emulator import Emulator
 from torch import Tensor
 
@@ -69,7 +70,12 @@ class Gpu:
         return q.cpu(), seqlens.cpu()
 
     def sample(self, args: SamplingArgs, seed: int = 1) -> Tensor:
-        return cuda.tokens_or_errors(_moved(args)).cpu()
+        return self.sample_with_logprobs(args, seed)[0]
+
+    def sample_with_logprobs(
+        self, args: SamplingArgs, seed: int = 1
+    ) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor] | None]:
+        return map_tensors(cuda.tokens_or_errors(_moved(args)), Tensor.cpu)
 
     def survivors(self, args: SamplingArgs, seed: int = 1) -> Tensor:
         return cuda.survivors(_moved(args)).cpu()
@@ -83,9 +89,11 @@ class Gpu:
 
 
 def _moved(args: Any) -> Any:
+    if isinstance(args, SamplingArgs):
+        return map_tensors(args, Tensor.cuda)
     tensors = {
         name: x.cuda()
-        for name in getattr(args, "_fields", args.__slots__)
+        for name in args.__slots__
         if isinstance(x := getattr(args, name), Tensor) and name != "rng_state"
     }
-    return args._replace(**tensors) if isinstance(args, SamplingArgs) else replace(args, **tensors)
+    return replace(args, **tensors)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from itertools import islice
+from collections.abc import Iterable, Iterator
+from itertools import chain, islice
 
 import torch
 from oracles import attention64
+from sampling_cases import Case, sampling_args
 from simt.emulator import Emulator
 from torch import Tensor
 
@@ -79,17 +80,36 @@ def forward_complaints(emulator: Emulator) -> set[str]:
     return _attention_complaints(emulator, HALF)
 
 
+def hopper_complaints(emulator: Emulator) -> set[str]:
+    """As above, on a GPU of compute capability 9.0, where the Hopper kernel takes most of the calls."""
+    with emulator.compute_capability(90):
+        return _attention_complaints(emulator, HALF, _long_calls())
+
+
+def _long_calls() -> Iterator[tuple[AttentionArgs, Tensor, Tensor]]:
+    """Calls of at least 3 tiles of 128 keys, which use each stage twice."""
+    q, k, v = _tensors(HALF, 1, 140, 600, 1, 1, 64)
+    for call in ({}, {"window_size": (250, 40)}, {"softcap": 3.0, "causal": True}):
+        yield _args(q, k, v, **call), *attention64(q, k, v, **call)
+    pages = {name: x[0].view(30, 20, 1, 64).flip(0) for name, x in (("k", k), ("v", v))}
+    table, end = torch.arange(29, -1, -1, dtype=torch.int32)[None], torch.tensor([590], dtype=torch.int32)
+    paged = _args(q, pages["k"], pages["v"], block_table=table, seqlens_k=end)
+    yield paged, *attention64(q, k[:, :590], v[:, :590])
+
+
 def float_complaints(emulator: Emulator) -> set[str]:
     """As above, in float32."""
     return _attention_complaints(emulator, torch.float32)
 
 
-def _attention_complaints(emulator: Emulator, dtype: torch.dtype) -> set[str]:
+def _attention_complaints(
+    emulator: Emulator, dtype: torch.dtype, more: Iterable[tuple[AttentionArgs, Tensor, Tensor]] = ()
+) -> set[str]:
     torch.manual_seed(0)
     seen: set[str] = set()
     tolerance = 4e-3 if dtype == HALF else 2e-5
     calls = _calls(dtype) if dtype == HALF else islice(_calls(dtype), 2)  # all else is the 16-bit kernel's
-    for args, truth, lse64 in calls:
+    for args, truth, lse64 in chain(calls, more):
         results = []
         for seed, landing in ((0, "at issue"), (1, "at wait"), (2, "between"), (3, "at wait")):
             out, lse = emulator.attention(args, seed, landing)
@@ -148,12 +168,6 @@ def append_complaints(emulator: Emulator) -> set[str]:
     return seen
 
 
-def sampling_args(logits: Tensor, **parameters: object) -> SamplingArgs:
-    """Everything off but what is given."""
-    off = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "seeds": 0, "positions": 0}
-    return SamplingArgs(logits, **(off | parameters))  # type: ignore[arg-type]
-
-
 def _draws() -> Iterator[SamplingArgs]:
     logits = torch.randn(3, 700) * 2
     logits[1, ::3] = -math.inf
@@ -179,11 +193,76 @@ def _draws() -> Iterator[SamplingArgs]:
     yield sampling_args(wide, seeds=steps[1:3], temperature=2.0)
 
 
+def _edited_draws() -> Iterator[SamplingArgs]:
+    """top_k is where penalties move tokens across the cut."""
+    for vocab in (203, 4200):  # of one slice, and of two
+        case = Case(seed=vocab, vocab=vocab, batch=3, plain=True)
+        for edge in (0, 202, vocab - 105, vocab - 1):  # the last tokens of slices
+            case.logits[:, edge] = 5.0
+            case.allowed[:2, edge] = True
+            case.prompts[0].append(edge)
+            case.prompt[0, edge] = True
+        case.ids[1, :3], case.values[1, :3] = vocab - 1, 2.0
+        draw = {"seeds": torch.arange(3), "temperature": 3.0, "top_k": vocab // 20}
+        for form in ("dense", "sparse"):
+            ours, _ = case.edits("pba", form)
+            logits = torch.randn(3, vocab + 4)[:, 2:-2].copy_(case.logits)
+            yield sampling_args(logits, **ours, **draw)
+        ours, _ = case.edits("p", "sparse")
+        ours["token_counts"].select([2, 1, 0])  # the first row has seen nothing
+        yield sampling_args(case.logits, **ours, **draw)
+        case.ids[0, :30] = (case.prompts[0] * 30)[:30]
+        yield sampling_args(case.logits, **case.edits("pb", "sparse")[0], **draw)
+    yield sampling_args(
+        case.logits,
+        repetition_penalty=9.0,
+        prompt_mask=torch.from_numpy(case.prompt),
+        temperature=3.0,
+        top_k=210,
+    )
+
+
+def _logprob_complaints(emulator: Emulator) -> Iterator[str]:
+    wide = torch.randn(2, 9000)
+    holes = torch.full((2, 600), -math.inf)
+    holes[0, ::9], holes[1, 77] = torch.randn(67), 0.5
+    for args in (
+        sampling_args(wide.bfloat16()[:, 3:], logprobs=5, seeds=torch.arange(2)),
+        sampling_args(holes, logprobs=300, temperature=0.0),
+        sampling_args(holes, logprobs=600, seeds=3),
+    ):
+        tokens, found = emulator.sample_with_logprobs(args, seed=1)
+        yield from emulator.faults()
+        expected, wanted = cpu.sample(args)
+        assert found is not None
+        assert wanted is not None
+        if not torch.equal(tokens, expected):
+            yield "tokens"
+        if not torch.equal(found[1], wanted[1]):
+            yield "best ids"
+        if not all(torch.allclose(found[i], wanted[i], rtol=1e-6, atol=2e-6) for i in (0, 2)):
+            yield "logprobs"
+
+
+def _edit_complaints(emulator: Emulator) -> Iterator[str]:
+    """Of rows that edits break."""
+    logits = torch.randn(5, 600)
+    logits[0, 4], logits[1, 4] = math.nan, math.inf
+    allowed = torch.ones(5, 600).bool()
+    allowed[:2, 4], allowed[2] = False, False
+    ids = torch.tensor([[-1], [-1], [-1], [600], [-1]])
+    args = sampling_args(logits, allowed=allowed, logit_bias=(ids, torch.ones(5, 1)), logprobs=1)
+    tokens, _ = emulator.sample_with_logprobs(args)
+    if tokens[:4].tolist() != [-4, -2, -6, -4] or tokens[4] != cpu.sample(sampling_args(logits[4:]))[0][0]:
+        yield "errors"
+    yield from emulator.faults()
+
+
 def sampling_complaints(emulator: Emulator) -> set[str]:
     """As above; the truth is the CPU's tokens."""
     torch.manual_seed(0)
     seen: set[str] = set()
-    for args in _draws():
+    for args in (*_draws(), *_edited_draws()):
         tokens = [emulator.sample(args, seed) for seed in (0, 1)]
         seen |= set(emulator.faults())
         if emulator.bank_factor() > 1:
@@ -204,7 +283,7 @@ def sampling_complaints(emulator: Emulator) -> set[str]:
         or tokens[3] != cpu.sample(sampling_args(broken[3:], top_p=0.5))[0]
     ):
         seen.add("errors")
-    return seen | set(emulator.faults())
+    return seen | set(emulator.faults()) | {*_logprob_complaints(emulator), *_edit_complaints(emulator)}
 
 
 def backward_complaints(emulator: Emulator) -> set[str]:
@@ -253,6 +332,7 @@ def _close(found: Tensor, truth: Tensor, tolerance: float) -> bool:
 PROBES = {
     "forward": forward_complaints,
     "products_f32": float_complaints,
+    "hopper": hopper_complaints,
     "append": append_complaints,
     "sampling": sampling_complaints,
     "backward": backward_complaints,
