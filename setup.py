@@ -13,6 +13,7 @@ import os
 import shutil
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -51,6 +52,13 @@ def find_nvcc() -> str | None:
 class CMakeBuild(build_ext):
     """One CMake configure and build for both modules; the build folder is kept, so a second build is incremental."""
 
+    def build_folder(self) -> Path:
+        """setuptools' own; an editable install has a temporary one: instead one of this Python in ``build/``."""
+        if not self.editable_mode:
+            return Path(self.build_temp).resolve()
+        python = f"{sys.implementation.cache_tag}-{zlib.crc32(sys.prefix.encode()):08x}"
+        return ROOT / "build" / f"editable-{python}"
+
     def build_extension(self, ext: Extension) -> None:
         """Configure and build ``ext`` where setuptools wants it; ``_cuda`` comes with ``_C``."""
         if ext.name != "fastattn._C":
@@ -58,7 +66,7 @@ class CMakeBuild(build_ext):
         import pybind11
 
         output = Path(self.get_ext_fullpath(ext.name)).resolve()
-        build = Path(self.build_temp).resolve()
+        build = self.build_folder()
         build.mkdir(parents=True, exist_ok=True)
         configure = [
             tool("cmake"),

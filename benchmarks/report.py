@@ -178,6 +178,8 @@ def models_table(record: Row) -> list[str]:
             cell = f"{row['seconds']['fastattn']['min'] * 1e3:.0f} ms, {row['speedup']:.2f}x {row['default']}"
             if row["best"] != row["default"]:
                 cell += f", {row['speedup_best']:.2f}x {row['best']}"
+            if row.get("limit"):
+                cell += f", limit {row['limit']:.2f}x"
             cells.append(cell if row["speedup_best"] >= 1 else f"*{cell}*")
         first = next(iter(rows.values()))
         named = f"{model}, {first['layers']} | {SWITCHED[model]}"
@@ -186,7 +188,8 @@ def models_table(record: Row) -> list[str]:
         *lines,
         "",
         f"Each cell: our time, the speed-up over the model's default attention, by name, and over another way that is "
-        f"faster than it; *italics* where that other way is faster than ours. Geometric mean over the defaults: "
+        f"faster than it; *italics* where that other way is faster than ours; the limit is the speed-up of attention "
+        f"that costs nothing, where the model lets itself be given one. Geometric mean over the defaults: "
         f"{record['geometric_mean']:.2f}x. The error is relative to the largest logit. "
         + footnote(record["environment"]),
     ]
