@@ -19,8 +19,11 @@ demo: build
 	$(BIN)/fastattn generate --temperature 0 --max-new-tokens 60 --chat \
 	  "In three short sentences, explain what attention does in a language model."
 
+# Two at a time. Threads that wait shall sleep: those of the other half want the cores.
+PYTEST = OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n 2 --dist loadgroup
+
 test: build $(VENV)/.test
-	$(BIN)/python -m pytest -m "not slow"
+	$(PYTEST) -m "not slow"
 
 # The planted bugs that are not one of each kind, which `make test` plants.
 test-slow: build $(VENV)/.test

@@ -18,6 +18,15 @@ def pytest_report_header() -> str:
     return f"seeds: 0 before every test, {SEED} for all pairs; hypothesis is derandomised"
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """With several workers (``-n``), one file is one worker's, and so is all that runs in the emulator, built once."""
+    if not config.pluginmanager.hasplugin("xdist"):
+        return
+    for item in items:
+        emulated = {"emulator", "machine"} & set(getattr(item, "fixturenames", ()))
+        item.add_marker(pytest.mark.xdist_group("emulator" if emulated else item.path.stem))
+
+
 @pytest.fixture(params=fastattn.cpu_isas())
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     """Every instruction set that this machine can run, forced for one test."""

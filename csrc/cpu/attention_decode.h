@@ -9,7 +9,7 @@
 #include <cstring>
 
 #include "cpu/attention_common.h"
-#include "cpu/prefetch.h"
+#include "cpu/key_blocks.h"
 
 namespace fastattn {
 namespace {
@@ -108,33 +108,11 @@ class DecodeRows {
   static constexpr int kPrefetchKeys = 4;
   static constexpr int kLinesPerSquare = kSquareDims * kVecBytes > 64 ? kSquareDims * kVecBytes / 64 : 1;
 
+  using Granules = KeyGranules<T, kGranule>;
+
   template <int kCount>
   struct Rows {
     static constexpr int value = kCount;
-  };
-
-  // Where the rows of a block's keys are, in the first head; keys past the end repeat the last one.
-  struct Granules {
-    const T* row[kBlockK];
-    int keys;
-    KeyRows<const float> scales;
-
-    Granules(const TensorView& view, const KVParams& kv, const KeySpan& span, int64_t head, int64_t key, int n)
-        : keys(n), scales(&view == &kv.k ? kv.k_scale : kv.v_scale, kv, span, head) {
-      if (n == 0) return;
-      const KeyRows<const T> rows(view, kv, span, head);
-      if (rows.are_strided(key, key + n - 1)) {
-        const T* first = rows[key];
-        for (int i = 0; i < n; ++i) row[i] = first + i * rows.stride();
-      } else {
-        for (int i = 0; i < n; ++i) row[i] = rows[key + i];
-      }
-      for (int i = n; i < round_up(n, kGranule); ++i) row[i] = row[n - 1];
-    }
-
-    Prefetch prefetch(int from, int64_t bytes) const {
-      return Prefetch(row + from, static_cast<int>(at_least(0, at_most(kGranule, keys - from))), bytes);
-    }
   };
 
   // The rows of a pass lie side by side, step by step, so that one register addresses them all. load(row, n) gives the

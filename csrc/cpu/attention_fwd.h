@@ -6,49 +6,11 @@
 #pragma once
 
 #include "cpu/attention_common.h"
-#include "cpu/prefetch.h"
+#include "cpu/key_blocks.h"
 #include "cpu/tile_gemm.h"
 
 namespace fastattn {
 namespace {
-
-// One head of k or v, with the scales that int8 comes with.
-struct KVHead {
-  const TensorView& view;
-  const TensorView& scale;
-  const KVParams& kv;
-  const KeySpan& span;
-  int64_t head;
-  int64_t dim;
-};
-
-// Keys [first_key, first_key + keys) of (keys, dim) rows, widened; rows up to a whole number of kBlockK are zero.
-template <class Vec, class Real = typename Vec::Real>
-inline void pack_block(const KVHead& x, int64_t first_key, int keys, Real* tile, int64_t ld) {
-  visit_kv_storage<Real>(x.kv.dtype, [&](auto tag) {
-    using T = typename decltype(tag)::type;
-    const KeyRows<const T> rows(x.view, x.kv, x.span, x.head);
-    const KeyRows<const float> scales(x.scale, x.kv, x.span, x.head);
-    for (int key = 0; key < keys; ++key) {
-      const T* source = rows[first_key + key];
-      const float* scale = sizeof(T) == 1 ? scales[first_key + key] : nullptr;
-      Real* row = tile + key * ld;
-      for (int64_t d = 0; d < x.dim; d += Vec::kLanes)
-        load_scaled<Vec>(source + d, static_cast<int>(x.dim - d), scale).store(row + d);
-    }
-  });
-  for (int64_t i = keys * ld; i < kBlockK * ld; i += Vec::kLanes) Vec::zero().store(tile + i);
-}
-
-// The same in words of two, as bf16 dot products take them.
-template <class Vec>
-inline void pack_words(const KVHead& x, int64_t first_key, int keys, float* tile, int64_t ld) {
-  const KeyRows<const bf16_t> rows(x.view, x.kv, x.span, x.head);
-  for (int key = 0; key < keys; ++key)
-    for (int64_t d = 0; d < x.dim; d += 2 * Vec::kLanes)
-      load_words<Vec>(rows[first_key + key] + d, x.dim - d).store(tile + key * ld + d / 2);
-  for (int64_t i = keys * ld; i < kBlockK * ld; i += Vec::kLanes) Vec::zero().store(tile + i);
-}
 
 template <class Vec, class Dot>
 class ForwardTile {
