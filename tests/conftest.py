@@ -18,6 +18,7 @@ def pytest_report_header() -> str:
     return f"seeds: 0 before every test, {SEED} for all pairs; hypothesis is derandomised"
 
 
+@pytest.hookimpl(tryfirst=True)  # xdist reads the groups in this hook, too
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """With several workers (``-n``), one file is one worker's, and so is all that runs in the emulator, built once."""
     if not config.pluginmanager.hasplugin("xdist"):
