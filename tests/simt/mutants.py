@@ -15,6 +15,9 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for a script that lies here
+from simt import float_mutants
+
 ROOT = Path(__file__).resolve().parents[2]
 TABLE = ROOT / "benchmarks" / "results" / "cuda_mutants.json"
 
@@ -44,6 +47,11 @@ def mutant(name: str, *edits: str) -> Mutant:
     return Mutant(name, tuple(zip(edits[::3], edits[1::3], edits[2::3])), FAMILY_OF.get(edits[0], "forward"))
 
 
+def float_mutant(family: str, name: str, *edits: str) -> Mutant:
+    """As ``mutant``, of a family that is built on float32."""
+    return Mutant(name, tuple(zip(edits[::3], edits[1::3], edits[2::3])), family)
+
+
 def backward(name: str, *edits: str) -> Mutant:
     """Edits of attention_bwd.cuh as old, new, old, new, ..."""
     return Mutant(name, tuple((BACKWARD, old, new) for old, new in zip(edits[::2], edits[1::2])), "backward")
@@ -59,15 +67,15 @@ UNITS_OF = {
     "backward": ("backward",),
 }
 (
-    FORWARD, BACKWARD, PRODUCTS, COPY, SEQUENCE, MODIFIERS, APPEND, SAMPLING, ROW, REDUCE, EDITS, LOGPROBS, F32, SOFTMAX,
+    FORWARD, BACKWARD, PRODUCTS, COPY, SEQUENCE, MODIFIERS, APPEND, SAMPLING, ROW, REDUCE, EDITS, LOGPROBS, SOFTMAX,
     PLACES, HOPPER, HOPPER_TILES,
 ) = (
     "attention_fwd.cuh", "attention_bwd.cuh", "products.cuh", "tile_copy.cuh", "sequence.cuh", "score_modifiers.cuh",
     "kv_append.cuh", "sampling.cuh", "sampling_row.cuh", "sampling_reduce.cuh", "sampling_edits.cuh",
-    "sampling_logprobs.cuh", "products_f32.cuh", "online_softmax.cuh", "forward_params.cuh",
+    "sampling_logprobs.cuh", "online_softmax.cuh", "forward_params.cuh",
     "attention_fwd_sm90.cuh", "hopper_tiles.cuh",
 )  # fmt: skip
-FAMILY_OF = {APPEND: "append", F32: "products_f32", HOPPER: "hopper", HOPPER_TILES: "hopper"} | dict.fromkeys(
+FAMILY_OF = {APPEND: "append", HOPPER: "hopper", HOPPER_TILES: "hopper"} | dict.fromkeys(
     (SAMPLING, ROW, REDUCE, EDITS, LOGPROBS), "sampling"
 )
 ARRIVE = """    cp_async_wait<Traits::kStages - 2>();
@@ -198,13 +206,7 @@ MUTANTS = [
     mutant("query heads counted as key heads", APPEND, "is_query ? p.nheads : p.nheads_k", "p.nheads_k"),
     mutant("q written where it came from", APPEND, "row_pointer<T>(p.q_out, batch, row, head)",
            "row_pointer<T>(p.q, batch, row, head)"),
-
-    mutant("q rows of the other half", F32, "16 * m + 8 * half + lane / 4, chunk", "16 * m + 8 * (1 - half) + lane / 4, chunk"),
-    mutant("the last dimensions not multiplied", F32, "chunk < Traits::kChunks", "chunk < Traits::kChunks - 1"),
-    mutant("probabilities shuffled by some lanes", F32, "p[m][half] = shuffle_from(", "if (lane < 31) p[m][half] = shuffle_from("),
-    mutant("values of keys in the lanes' order", F32, "8 * n + 2 * owner + e;", "8 * n + owner + 4 * e;"),
-    mutant("even keys taken twice", F32, "probs[m][n][2 * half + e]", "probs[m][n][2 * half]"),
-    mutant("rows of a lane confused", F32, "fused_multiply_add(p[m][i / 2]", "fused_multiply_add(p[m][i % 2]"),
+    *(float_mutant("products_f32", *bug) for bug in float_mutants.FORWARD_BUGS),
 
     mutant("digits counted before the buckets are clear", ROW, "    Histogram::clear();\n    block_barrier();\n",
            "    Histogram::clear();\n"),
@@ -393,5 +395,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(ROOT / "tests"))
     main()

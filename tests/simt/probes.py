@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
-from itertools import chain, islice
+from itertools import chain
 
 import torch
 from oracles import attention64
@@ -108,7 +108,9 @@ def _attention_complaints(
     torch.manual_seed(0)
     seen: set[str] = set()
     tolerance = 4e-3 if dtype == HALF else 2e-5
-    calls = _calls(dtype) if dtype == HALF else islice(_calls(dtype), 2)  # all else is the 16-bit kernel's
+    calls = _calls(dtype)
+    if dtype != HALF:  # causal, a window, split keys, headdim 40; all else is the 16-bit kernel's
+        calls = (call for i, call in enumerate(calls) if i in (0, 1, 5, 7))
     for args, truth, lse64 in chain(calls, more):
         results = []
         for seed, landing in ((0, "at issue"), (1, "at wait"), (2, "between"), (3, "at wait")):
