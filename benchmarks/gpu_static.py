@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "gpu_static.json"
 ARCHITECTURES = ("80", "86", "89", "90a", "100a", "120")
 HEADDIMS = (32, 64, 96, 128, 192, 256)
-FLOAT_HEADDIMS = (32, 64, 96, 128)  # csrc/cuda/launch.cuh, kMaxTileHeaddim
+FLOAT_GRADIENT_HEADDIMS = (32, 64, 96, 128)  # csrc/cuda/launch.cuh, kMaxGradientHeaddim
 HOPPER_HEADDIMS = (64, 128)  # csrc/cuda/launch.cu, forward_kernel
 THREADS = 128  # csrc/cuda/traits.cuh, kThreads
 
@@ -141,19 +141,24 @@ def describe(mangled: str) -> dict[str, Any] | None:
     ):
         headdim, row_tiles, element_bytes, *flags = map(int, match.groups())
         kernel, names = "forward", ("modifiers", "dropout", "pages", "splits")
-        keys = 64 if headdim * element_bytes <= 128 else 32
-        # csrc/cuda/traits.cuh, kSharedBytes
+        # csrc/cuda/traits.cuh, kKeys and kSharedBytes
+        keys = next(
+            n for n, most in ((64, 128), (32, 512), (16, 768), (8, 1024)) if headdim * element_bytes <= most
+        )
         shared_bytes = (64 * row_tiles + 4 * keys) * headdim * element_bytes
     elif match := re.search(
-        r"(query|key)_gradients.*?14BackwardTraitsILi(\d+)EE.*?14BackwardPolicyILb(\d)ELb(\d)ELNS0_9GradientsE(\d)EE",
+        r"(query|key)_gradients.*?14BackwardTraitsILi(\d+)ELi(\d+)EE.*?14BackwardPolicyILb(\d)ELb(\d)ELNS0_9GradientsE(\d)EE",
         mangled,
     ):
-        headdim, *flags, gradients = map(int, match.groups()[1:])
+        headdim, element_bytes, *flags, gradients = map(int, match.groups()[1:])
         row_tiles = 1
         kernel = "dQ" if match[1] == "query" else ("dK and dV", "dK", "dV")[gradients]
         names = ("modifiers", "dropout")
-        lines = 64 if headdim <= 64 else 32 if headdim <= 128 else 16
-        shared_bytes = 2 * 64 * headdim * 2 + 2 * (2 * lines * headdim * 2 + lines * 8)  # attention_bwd.cuh
+        # csrc/cuda/traits.cuh, BackwardTraits
+        steps = ((64, 64), (32, 128), (16, 256)) if element_bytes == 2 else ((32, 64), (16, 128))
+        lines = next(n for n, most in steps if headdim <= most)
+        row_bytes = headdim * element_bytes
+        shared_bytes = 2 * 64 * row_bytes + 2 * (2 * lines * row_bytes + lines * 8)
     else:
         return None
     policy = " ".join(n for n, on in zip(names, flags) if on) or "plain"
@@ -215,9 +220,9 @@ def sampling_report(architecture: str, folder: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def float_report(architecture: str, headdim: int, folder: Path) -> list[dict[str, Any]]:
-    """One row per attention kernel on float32, which no tensor core helps."""
-    log = compile_cubin(architecture, "forward.cu", attention_flags(headdim, "float"), folder)[1]
+def float_report(architecture: str, headdim: int, folder: Path, unit: str) -> list[dict[str, Any]]:
+    """One row per attention kernel of a unit on float32, which no tensor core helps."""
+    log = compile_cubin(architecture, f"{unit}.cu", attention_flags(headdim, "float"), folder)[1]
     about = ((describe(name), used) for name, used in resources(log).items())
     head = {"architecture": f"sm_{architecture}", "dtype": "float"}
     rows = [head | known | used for known, used in about if known is not None]
@@ -226,6 +231,7 @@ def float_report(architecture: str, headdim: int, folder: Path) -> list[dict[str
 
 # Headdim 64 everywhere; on sm_80 every headdim, and both dtypes, which differ in one instruction's operand.
 UNITS = ("forward", "backward")
+FLOAT_UNITS = {"forward": HEADDIMS, "backward": FLOAT_GRADIENT_HEADDIMS}
 TABLE = [
     *(("80", headdim, "f16", unit) for headdim in HEADDIMS for unit in UNITS),
     *(("80", headdim, "bf16", unit) for headdim in (64, 128) for unit in UNITS),
@@ -249,8 +255,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         for architecture in ARCHITECTURES:
             others += sampling_report(architecture, Path(name))
-        for headdim in FLOAT_HEADDIMS:
-            others += float_report("80", headdim, Path(name))
+        for unit, headdims in FLOAT_UNITS.items():
+            for headdim in headdims:
+                others += float_report("80", headdim, Path(name), unit)
         for row in others:
             print(*row.values(), flush=True)
         for architecture, headdim, dtype, unit in () if options.others else TABLE:

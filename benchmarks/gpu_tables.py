@@ -51,6 +51,8 @@ def cuda_table(record: Row) -> list[str]:
     rows = record["kernels"]
     tiles = [row["shared_bytes"] >> 10 for row in rows]
     wide = min(row["wide_accesses"] for row in rows if row["kernel"].endswith("plain"))
+    floats = [row for row in record["others"] if "headdim" in row]
+    used = [row["registers"] for row in floats]
     return [
         *lines,
         "",
@@ -58,6 +60,9 @@ def cuda_table(record: Row) -> list[str]:
         f"{spilled(rows)}, {min(tiles)} to {max(tiles)} KiB of shared memory a "
         f"block, {', '.join(sorted({row['tensor'] for row in rows}))}. Of the global accesses of the plain kernels "
         f"{wide:.0%} or more move 16 bytes. Bank conflicts, counted for every access site in the emulator: none.",
+        "",
+        f"Of float32, on sm_80: {len(floats)} instantiations, {min(used)} to {max(used)} registers, {spilled(floats)}, "
+        f"at most {max(row['shared_bytes'] for row in floats) / 1024:.1f} KiB of shared memory a block.",
     ]
 
 

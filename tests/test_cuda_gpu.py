@@ -15,7 +15,7 @@ if cuda.unavailable():
     pytest.skip(f"needs a GPU: {cuda.unavailable()}", allow_module_level=True)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("headdim", [64, 128, 256])
 def test_the_public_face(dtype, headdim):
     q, k, v = (x.cuda() for x in tensors(dtype, 2, 1000, 1300, 8, 2, headdim))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from simt.mutants import CORE, MUTANTS, TABLE, UNITS_OF, witnesses
+from simt.mutants import CORE, FLOAT_FAMILIES, MUTANTS, TABLE, UNITS_OF, witnesses
 
 
 @pytest.mark.parametrize(
@@ -18,7 +18,7 @@ def test_a_planted_bug_is_seen(bug, cuda_bindings, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "family", [pytest.param(f, marks=pytest.mark.slow) if f == "products_f32" else f for f in UNITS_OF]
+    "family", [pytest.param(f, marks=pytest.mark.slow) if f in FLOAT_FAMILIES else f for f in UNITS_OF]
 )
 def test_without_a_bug_nothing_is_seen(family, cuda_bindings, tmp_path):
     """The mutants' own build; of floats a further one, which only their mutants share."""
@@ -32,4 +32,4 @@ def test_the_table_is_whole():
     assert {bug.name for bug in MUTANTS} >= CORE
     assert len(CORE) >= 12
     for family in UNITS_OF:
-        assert sum(bug.family == family for bug in MUTANTS) >= (6 if family == "products_f32" else 12)
+        assert sum(bug.family == family for bug in MUTANTS) >= 12

@@ -1,4 +1,5 @@
-// Gradients on tensor cores: S and P are computed again from q, k and lse (FlashAttention-2, Dao, arXiv 2307.08691).
+// Gradients on tensor cores, of floats by FMAs: S and P are computed again from q, k and lse (FlashAttention-2, Dao,
+// arXiv 2307.08691).
 //
 // Two kernels of one build, each other's mirror image. One owns rows of dQ and walks tiles of keys, the other owns keys
 // of dK and dV and walks tiles of rows with everything transposed; either way a warp's products and its gradients stay
@@ -7,8 +8,7 @@
 // of a key exceed the registers, one block makes dK and another dV.
 #pragma once
 
-#include "cuda/products.cuh"
-#include "cuda/score_modifiers.cuh"
+#include "cuda/products_f32.cuh"
 
 namespace fastattn {
 namespace {
@@ -17,18 +17,6 @@ struct BackwardParams {
   AttentionBackwardParams call;
   CopySteps k_steps, v_steps;
   int row_blocks, key_blocks;  // of the longest sequence
-};
-
-template <int kDim>
-struct BackwardTraits : Traits<kDim, 1> {
-  using Base = Traits<kDim, 1>;
-  static constexpr int kKeys = kDim <= 64 ? 64 : kDim <= 128 ? 32 : 16;  // lines of the tiles that a block walks
-  static constexpr uint32_t kOwnBytes = Base::kQueryBytes, kTileBytes = kKeys * kDim * 2;
-  static constexpr uint32_t kStatisticsBytes = kKeys * 8;  // lse and delta of every row
-  static constexpr int kSharedBytes =
-      static_cast<int>(2 * kOwnBytes + Base::kStages * (2 * kTileBytes + kStatisticsBytes));
-  static constexpr bool kSplitsGradients = kDim > 128;
-  static_assert(Base::kStages == 2);  // RowStatistics holds one tile's on the way
 };
 
 // Which gradients of the keys a block makes.
@@ -89,6 +77,12 @@ class BackwardBlock {
 
   // scores (lines, columns) = this warp's lines of an own tile times a walked tile, transposed
   FASTATTN_DEVICE void multiply(ScoreTile<Traits>& scores, uint32_t own, uint32_t tile) const {
+    if constexpr (sizeof(T) == 4)
+      multiply_keys_f32<Traits>(scores, own, warp_line_, tile);
+    else
+      multiply_on_tensor_cores(scores, own, tile);
+  }
+  FASTATTN_DEVICE void multiply_on_tensor_cores(ScoreTile<Traits>& scores, uint32_t own, uint32_t tile) const {
     clear(scores);
 #pragma unroll
     for (int k = 0; k < Traits::kDim / 16; ++k) {
@@ -104,6 +98,15 @@ class BackwardBlock {
         mma_16816<T>(scores[0][2 * n + 1], a, b[2], b[3]);
       }
     }
+  }
+
+  // gradient (lines, dims) += weights (lines, columns) times a walked tile
+  FASTATTN_DEVICE void accumulate(float (&gradient)[1][Traits::kDim / 8][4], const ScoreTile<Traits>& weights,
+                                  uint32_t tile) const {
+    if constexpr (sizeof(T) == 4)
+      multiply_values_f32<Traits>(gradient, weights, tile);
+    else
+      add_product<T, Traits>(gradient, weights, tile, line_lane_);
   }
 
   // The log2 of what a row's exp2 scores sum to, and delta; a row that does not exist or sees nothing has no weights.
@@ -240,7 +243,7 @@ class QueryGradients : BackwardBlock<T, Traits> {
                                    row.head() * dbias.stride_head + row.query() * dbias.stride_q + key * dbias.stride_k,
                                ds);
               });
-          add_product<T, Traits>(dq_, dprobs, stage_tile(stage, 0), this->line_lane_);
+          this->accumulate(dq_, dprobs, stage_tile(stage, 0));
         });
   }
 
@@ -303,8 +306,8 @@ class KeyGradients : BackwardBlock<T, Traits> {
                 return load_shared_pair(this->statistics(stage) + static_cast<uint32_t>(at.row(r) - first_row) * 8);
               },
               [](const RowModifiers&, int, float) {});
-          if constexpr (Policy::kValues) add_product<T, Traits>(dv_, scores, stage_tile(stage, 1), this->line_lane_);
-          if constexpr (Policy::kKeys) add_product<T, Traits>(dk_, dprobs, stage_tile(stage, 0), this->line_lane_);
+          if constexpr (Policy::kValues) this->accumulate(dv_, scores, stage_tile(stage, 1));
+          if constexpr (Policy::kKeys) this->accumulate(dk_, dprobs, stage_tile(stage, 0));
         });
   }
 

@@ -68,7 +68,8 @@ class ForwardBlock {
     int stage = 0;
     bool fresh = true;
     const auto advance = [&] { stage = stage + 1 == Traits::kStages ? 0 : stage + 1; };
-    if constexpr (Policy::kModify) {  // every tile has work of its own: one loop, and masks where they are needed
+    // Every tile has work that costs far more than a test: one loop, and masks where they are needed.
+    if constexpr (Policy::kModify || kSingle) {
       for (; tile >= first_tile_; --tile, advance()) {
         arrive(tile, stage);
         if (fresh) load_queries();
@@ -184,11 +185,9 @@ class ForwardBlock {
                   Policy::kDropout ? dropout_scale(p_.dropout_p) : 1.0f,
                   [&](int row, float lse) { write_lse(row, lse); });
     if (is_split())
-      write_pairs([&](int row) { return params_.partial_out + partial_row(row) * p_.headdim_v; });
-    else if constexpr (kSingle)
-      write_pairs([&](int row) {
-        return row_pointer<float>(p_.out, sequence_.q_row, sequence_.q_first + sequence_.query(row),
-                                  sequence_.head(row));
+      store_float_lines<Traits>(warp_row_, out_, p_.headdim_v, [&](int line) {
+        const int row = first_row_ + line;
+        return row < sequence_.rows() ? params_.partial_out + partial_row(row) * p_.headdim_v : nullptr;
       });
     else
       write_out();
@@ -208,32 +207,14 @@ class ForwardBlock {
       write_row_lse(p_, sequence_, row, lse);
   }
 
-  // Through the warp's rows of shared memory, where q lay.
   FASTATTN_DEVICE void write_out() {
+    // Through the warp's rows of shared memory, where q lay.
     store_lines<T, Traits>(queries_, warp_row_, out_, p_.headdim_v, [&](int line) {
       const int row = first_row_ + line;
       return row < sequence_.rows() ? row_pointer<T>(p_.out, sequence_.q_row, sequence_.q_first + sequence_.query(row),
                                                      sequence_.head(row))
                                     : nullptr;
     });
-  }
-
-  // line_of(row): where floats of a row go.
-  template <class LineOf>
-  FASTATTN_DEVICE void write_pairs(LineOf&& line_of) {
-    const int lane = thread_index() % 32;
-#pragma unroll
-    for (int m = 0; m < Traits::kRowTiles; ++m)
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int row = first_row_ + warp_row_ + 16 * m + 8 * half + lane / 4;
-        if (row >= sequence_.rows()) continue;
-        Float2* line = reinterpret_cast<Float2*>(line_of(row));
-#pragma unroll
-        for (int n = 0; n < Traits::kDim / 8; ++n)
-          if (8 * n < p_.headdim_v)
-            store_global(line + 4 * n + lane % 4, Float2{out_[m][n][2 * half], out_[m][n][2 * half + 1]});
-      }
   }
 
   const ForwardParams& params_;

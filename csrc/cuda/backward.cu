@@ -7,7 +7,7 @@ template <>
 int backward_headdim<FASTATTN_HEADDIM>(const AttentionBackwardParams& call, void* stream) {
   const auto launch = [&](auto element) {
     using T = decltype(element);
-    if constexpr (sizeof(T) == 2)  // only these have gradients
+    if constexpr (FASTATTN_HEADDIM <= kMaxGradientHeaddim<T>)
       return launch_backward_headdim<T, FASTATTN_HEADDIM>(call, stream);
     else
       return kNoKernel;

@@ -7,11 +7,7 @@ template <>
 int forward_headdim<FASTATTN_HEADDIM>(const AttentionParams& p, const SplitPlan& plan, float* partial_out,
                                       float* partial_lse, void* stream) {
   const auto launch = [&](auto element) {
-    using T = decltype(element);
-    if constexpr (FASTATTN_HEADDIM <= kMaxTileHeaddim<T>)
-      return launch_headdim<T, FASTATTN_HEADDIM>(p, plan, partial_out, partial_lse, stream);
-    else
-      return kNoKernel;
+    return launch_headdim<decltype(element), FASTATTN_HEADDIM>(p, plan, partial_out, partial_lse, stream);
   };
   return with_dtype<decltype(launch), FASTATTN_CUDA_TYPES>(p.dtype, launch);
 }

@@ -95,7 +95,7 @@ int launch_backward(const AttentionBackwardParams& call, void* stream) {
 
 template <class T, int kDim>
 int launch_backward_headdim(const AttentionBackwardParams& call, void* stream) {
-  using Shapes = BackwardTraits<kDim>;
+  using Shapes = BackwardTraits<kDim, sizeof(T)>;
   if (call.fwd.dropout_p > 0) return launch_backward<T, Shapes, true, true>(call, stream);
   return is_modified(call.fwd) ? launch_backward<T, Shapes, true, false>(call, stream)
                                : launch_backward<T, Shapes, false, false>(call, stream);
@@ -111,7 +111,7 @@ constexpr DType dtype_of = sizeof(T) == 4 ? DType::f32
                            : is_bf16<T>   ? DType::bf16
                                           : DType::f16;
 template <class T>
-constexpr int kMaxTileHeaddim = 512 / sizeof(T);  // so that tiles fit the shared memory of every GPU
+constexpr int kMaxGradientHeaddim = 512 / sizeof(T);  // so that tiles fit the shared memory of every GPU
 
 // launch(T{}) for the T that `dtype` names.
 template <class Launch, class T, class... Others>

@@ -30,12 +30,13 @@ ForwardKernel forward_kernel(const AttentionParams& p);
 
 SplitPlan plan_splits(const AttentionParams& p);
 
-// q, k, v and out are f16 or bf16; headdim and headdim_v are multiples of 8 up to 256, addresses and strides (of v too)
-// are multiples of 16 bytes; alibi_slopes and sinks are float. Returns a cudaError_t.
+// q, k, v and out are f16, bf16 or f32; headdim and headdim_v are multiples of 8 up to 256, addresses and strides (of v
+// too) are multiples of 16 bytes; alibi_slopes and sinks are float. Returns a cudaError_t.
 int cuda_attention_forward(const AttentionParams& p, float* partial_out, float* partial_lse, void* stream);
 
 // As above, of a call that is neither paged nor in a cache; dq, dk and dv are of q's dtype, and as dense as q, k and v.
-// dbias, where wanted, is float (batch, nheads, seqlen_q, seqlen_k) of zeros. The same bits every time.
+// f32: headdim and headdim_v up to 128. dbias, where wanted, is float (batch, nheads, seqlen_q, seqlen_k) of zeros. The
+// same bits every time.
 int cuda_attention_backward(const AttentionBackwardParams& call, void* stream);
 
 // All of one 16-bit dtype; kv.seqlens says where each sequence of the cache ends. Returns a cudaError_t.

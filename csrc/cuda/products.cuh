@@ -44,12 +44,31 @@ FASTATTN_DEVICE void add_product(float (&out)[Traits::kRowTiles][Traits::kDim / 
   }
 }
 
-// A warp's lines, from registers through its part of a tile (Traits::kRows lines) that nobody reads any more, so that a
-// thread writes 16 bytes at once. `line_of(line of the tile)`: where they go, null for nowhere.
+// A warp's lines as floats, from registers: four lanes fill the 32 bytes that memory moves at once.
+// `line_of(line of the tile)`: where they go, null for nowhere.
+template <class Traits, class LineOf>
+FASTATTN_DEVICE void store_float_lines(int warp_line, const float (&lines)[Traits::kRowTiles][Traits::kDim / 8][4],
+                                       int64_t dims, LineOf line_of) {
+  const int lane = thread_index() % 32;
+#pragma unroll
+  for (int m = 0; m < Traits::kRowTiles; ++m)
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      Float2* line = reinterpret_cast<Float2*>(line_of(warp_line + 16 * m + 8 * half + lane / 4));
+      if (!line) continue;
+#pragma unroll
+      for (int n = 0; n < Traits::kDim / 8; ++n)
+        if (8 * n < dims)
+          store_global(line + 4 * n + lane % 4, Float2{lines[m][n][2 * half], lines[m][n][2 * half + 1]});
+    }
+}
+
+// The same as 16-bit elements, through the warp's part of a tile (Traits::kRows lines) that nobody reads any more, so
+// that a thread writes 16 bytes at once.
 template <class T, class Traits, class LineOf>
-FASTATTN_DEVICE void store_lines(uint32_t tile, int warp_line,
-                                 const float (&lines)[Traits::kRowTiles][Traits::kDim / 8][4], int64_t dims,
-                                 LineOf line_of) {
+FASTATTN_DEVICE void store_packed_lines(uint32_t tile, int warp_line,
+                                        const float (&lines)[Traits::kRowTiles][Traits::kDim / 8][4], int64_t dims,
+                                        LineOf line_of) {
   const int lane = thread_index() % 32;
   warp_barrier();
 #pragma unroll
@@ -75,6 +94,17 @@ FASTATTN_DEVICE void store_lines(uint32_t tile, int warp_line,
       if (line && chunk < dims / 8) store_global16(line + chunk * 8, bytes);
     }
   }
+}
+
+// The same as elements of either size.
+template <class T, class Traits, class LineOf>
+FASTATTN_DEVICE void store_lines(uint32_t tile, int warp_line,
+                                 const float (&lines)[Traits::kRowTiles][Traits::kDim / 8][4], int64_t dims,
+                                 LineOf line_of) {
+  if constexpr (sizeof(T) == 4)
+    store_float_lines<Traits>(warp_line, lines, dims, line_of);
+  else
+    store_packed_lines<T, Traits>(tile, warp_line, lines, dims, line_of);
 }
 
 }  // namespace

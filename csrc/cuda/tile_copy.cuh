@@ -74,7 +74,7 @@ class KeyCopy {
 
  private:
   FASTATTN_DEVICE uint32_t column_target(int c) const {
-    if constexpr (Traits::kRowLanes == 8)
+    if constexpr (Traits::kRowLanes >= 8)
       return target_ + static_cast<uint32_t>(c * Traits::kRowLanes * Traits::kKeys * 16);
     else
       return (target_ ^ static_cast<uint32_t>(c % 2 * kPanelBytes)) +

@@ -15,7 +15,7 @@ struct alignas(16) Float4 {
   float value[4];
 };
 template <class T>
-struct alignas(16) Eight {  // 16-bit elements
+struct alignas(16) Eight {
   T value[8];
 };
 
@@ -58,17 +58,36 @@ struct Traits {
   using Panels = NarrowPanels;
   static constexpr int kDim = kDim_, kRowTiles = kRowTiles_, kElementBytes = kElementBytes_;
   static constexpr int kWarpRows = 16 * kRowTiles, kRows = kWarps * kWarpRows;
-  static constexpr int kKeys = kDim * kElementBytes <= 128 ? 64 : 32;
+  static constexpr int kRowBytes = kDim * kElementBytes;
+  // So many that, with kRows queries, they fit the shared memory of every GPU.
+  static constexpr int kKeys = kRowBytes <= 128 ? 64 : kRowBytes <= 512 ? 32 : kRowBytes <= 768 ? 16 : 8;
   static constexpr int kStages = 2;
   static constexpr int kChunkElements = 16 / kElementBytes;
-  static constexpr int kChunks = kDim / kChunkElements;       // of 16 bytes in a row
-  static constexpr int kRowLanes = kChunks % 8 == 0 ? 8 : 4;  // threads that copy one row
-  static constexpr int kCopyRows = kThreads / kRowLanes;      // rows that all threads copy at once
-  static constexpr int kCopyColumns = kChunks / kRowLanes;    // copies of a thread in one row
+  static constexpr int kChunks = kDim / kChunkElements;  // of 16 bytes in a row
+  // Threads that copy one row: of few keys so many that all threads together copy no more than a tile.
+  static constexpr int kRowLanes = kKeys < 16 ? 16 : kChunks % 8 == 0 ? 8 : 4;
+  static constexpr int kCopyRows = kThreads / kRowLanes;    // rows that all threads copy at once
+  static constexpr int kCopyColumns = kChunks / kRowLanes;  // copies of a thread in one row
+  static_assert(kKeys % kCopyRows == 0 && kChunks % kRowLanes == 0);
   static constexpr uint32_t kQueryBytes = kRows * kDim * kElementBytes, kTileBytes = kKeys * kDim * kElementBytes;
   static constexpr int kSharedBytes = static_cast<int>(kQueryBytes + kStages * 2 * kTileBytes);
   static constexpr bool kQueryInRegisters =
       kElementBytes == 2 && kDim * kRowTiles <= 64;  // else its fragments are read again for every tile
+};
+
+// Of the gradients' kernels: a block has two tiles of kRows lines of its own.
+template <int kDim, int kElementBytes>
+struct BackwardTraits : Traits<kDim, 1, kElementBytes> {
+  using Base = Traits<kDim, 1, kElementBytes>;
+  // Lines of the tiles that a block walks; of floats so few that four warps have registers for them.
+  static constexpr int kKeys = kElementBytes == 4 ? (kDim <= 64 ? 32 : 16) : kDim <= 64 ? 64 : kDim <= 128 ? 32 : 16;
+  static constexpr uint32_t kOwnBytes = Base::kQueryBytes, kTileBytes = kKeys * kDim * kElementBytes;
+  static constexpr uint32_t kStatisticsBytes = kKeys * 8;  // lse and delta of every row
+  static constexpr int kSharedBytes =
+      static_cast<int>(2 * kOwnBytes + Base::kStages * (2 * kTileBytes + kStatisticsBytes));
+  static constexpr bool kSplitsGradients = kDim > 128;
+  static_assert(kKeys % Base::kCopyRows == 0);
+  static_assert(Base::kStages == 2);  // KeyGradients holds the statistics of one tile on the way
 };
 
 }  // namespace

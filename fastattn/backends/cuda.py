@@ -27,11 +27,12 @@ FEATURES = frozenset(
      "gradients", "survivors", "penalties", "logit_bias", "allowed", "logprobs"}
 )  # fmt: skip
 _NO_GRADIENTS_WITH = frozenset({"leftpad", "cache_batch_idx", "paged"})
-MAX_HEADDIM = {
+MAX_HEADDIM = 256  # csrc/cuda/launch.cu, FASTATTN_CUDA_HEADDIMS
+MAX_GRADIENT_HEADDIM = {
     torch.float16: 256,
     torch.bfloat16: 256,
     torch.float32: 128,
-}  # csrc/cuda/launch.cuh, kMaxTileHeaddim
+}  # csrc/cuda/launch.cuh, kMaxGradientHeaddim
 _MAX_VOCAB = 1 << 22  # csrc/params.h, kMaxVocab
 _CHUNK = 8  # elements that one copy moves: 16 bytes
 _Logprobs = tuple[Tensor, Tensor, Tensor]  # of the drawn tokens (batch,), the best ids (batch, n) and theirs
@@ -68,21 +69,20 @@ def _lacks(args: AttentionArgs | KVAppendArgs | SamplingArgs) -> str | None:
     """What no GPU would change."""
     tensor = args.subject
     are_logits = tensor.dim() == 2
-    if tensor.dtype not in (calls.FLOAT_DTYPES if are_logits else MAX_HEADDIM):
+    if tensor.dtype not in (calls.FLOAT_DTYPES if are_logits else MAX_GRADIENT_HEADDIM):
         return f"lacks dtype '{str(tensor.dtype).removeprefix('torch.')}'"
     if are_logits and tensor.shape[1] > _MAX_VOCAB:
         return f"lacks vocabularies above {_MAX_VOCAB}"
-    if not are_logits:
-        longest = MAX_HEADDIM[tensor.dtype]
-        if max(tensor.shape[-1], getattr(args, "v", tensor).shape[-1]) > longest:
-            return f"lacks headdim above {longest} in {str(tensor.dtype).removeprefix('torch.')}"
     features = args.features()
+    if not are_logits:
+        trained = "gradients" in features
+        longest = MAX_GRADIENT_HEADDIM[tensor.dtype] if trained else MAX_HEADDIM
+        if max(tensor.shape[-1], getattr(args, "v", tensor).shape[-1]) > longest:
+            what = "gradients of headdim" if trained else "headdim"
+            return f"lacks {what} above {longest} in {str(tensor.dtype).removeprefix('torch.')}"
     lacking = sorted(features - FEATURES)
-    if "gradients" in features:
-        if features & _NO_GRADIENTS_WITH:
-            lacking.append("gradients")
-        if tensor.dtype == torch.float32:
-            lacking.append("gradients in float32")
+    if "gradients" in features and features & _NO_GRADIENTS_WITH:
+        lacking.append("gradients")
     if {"paged", "dropout"} <= features:
         lacking.append("dropout with pages")
     return f"lacks {', '.join(map(repr, lacking))}" if lacking else None

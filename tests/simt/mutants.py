@@ -15,6 +15,9 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for a script that lies here
+from simt import float_mutants
+
 ROOT = Path(__file__).resolve().parents[2]
 TABLE = ROOT / "benchmarks" / "results" / "cuda_mutants.json"
 
@@ -41,7 +44,12 @@ class Mutant:
 
 def mutant(name: str, *edits: str) -> Mutant:
     """Edits as file, old, new, file, old, new, ..."""
-    return Mutant(name, tuple(zip(edits[::3], edits[1::3], edits[2::3])), FAMILY_OF.get(edits[0], "forward"))
+    return of_family(FAMILY_OF.get(edits[0], "forward"), name, *edits)
+
+
+def of_family(family: str, name: str, *edits: str) -> Mutant:
+    """The same, where the file does not tell the family."""
+    return Mutant(name, tuple(zip(edits[::3], edits[1::3], edits[2::3])), family)
 
 
 def backward(name: str, *edits: str) -> Mutant:
@@ -57,17 +65,19 @@ UNITS_OF = {
     "append": ("launch",),
     "sampling": ("sampling",),
     "backward": ("backward",),
+    "backward_f32": ("backward",),
 }
+FLOAT_FAMILIES = ("products_f32", "backward_f32")
 (
-    FORWARD, BACKWARD, PRODUCTS, COPY, SEQUENCE, MODIFIERS, APPEND, SAMPLING, ROW, REDUCE, EDITS, LOGPROBS, F32, SOFTMAX,
+    FORWARD, BACKWARD, PRODUCTS, COPY, SEQUENCE, MODIFIERS, APPEND, SAMPLING, ROW, REDUCE, EDITS, LOGPROBS, SOFTMAX,
     PLACES, HOPPER, HOPPER_TILES,
 ) = (
     "attention_fwd.cuh", "attention_bwd.cuh", "products.cuh", "tile_copy.cuh", "sequence.cuh", "score_modifiers.cuh",
     "kv_append.cuh", "sampling.cuh", "sampling_row.cuh", "sampling_reduce.cuh", "sampling_edits.cuh",
-    "sampling_logprobs.cuh", "products_f32.cuh", "online_softmax.cuh", "forward_params.cuh",
+    "sampling_logprobs.cuh", "online_softmax.cuh", "forward_params.cuh",
     "attention_fwd_sm90.cuh", "hopper_tiles.cuh",
 )  # fmt: skip
-FAMILY_OF = {APPEND: "append", F32: "products_f32", HOPPER: "hopper", HOPPER_TILES: "hopper"} | dict.fromkeys(
+FAMILY_OF = {APPEND: "append", HOPPER: "hopper", HOPPER_TILES: "hopper"} | dict.fromkeys(
     (SAMPLING, ROW, REDUCE, EDITS, LOGPROBS), "sampling"
 )
 ARRIVE = """    cp_async_wait<Traits::kStages - 2>();
@@ -109,9 +119,8 @@ MUTANTS = [
     mutant("last tile skipped", PLACES, "first = range.begin / keys", "first = (range.begin + 1) / keys"),
     mutant("no warp barrier before out is read back", PRODUCTS, "  warp_barrier();\n  constexpr int kLinesAtOnce",
            "  constexpr int kLinesAtOnce"),
-    mutant("rows beyond the sequence are written", FORWARD, "return row < sequence_.rows() ?", "return row < 1 << 30 ?"),
-    mutant("sink in every split", FORWARD, "is_split() ? nullptr : static_cast<const float*>(p_.sinks)",
-           "static_cast<const float*>(p_.sinks)"),
+    mutant("rows beyond the sequence are written", FORWARD, "return row < sequence_.rows() ? row", "return row < 1 << 30 ? row"),
+    mutant("sink in every split", FORWARD, "is_split() ? nullptr : static_cast<const float*>(p_.sinks)", "static_cast<const float*>(p_.sinks)"),
     mutant("off by one at the end of a split", FORWARD, "split_begin_ + keys);\n", "split_begin_ + keys - 1);\n"),
     mutant("last split not combined", "combine.cuh", "splits = split_count(sequence.seqlen_k)",
            "splits = at_least(1, split_count(sequence.seqlen_k) - 1)"),
@@ -138,8 +147,7 @@ MUTANTS = [
            "odd ? mine.word[2 + e] : mine.word[e]"),
     mutant("dropout in the denominator", FORWARD, "    RowFactors<Traits> shrink;\n",
            "    if constexpr (Policy::kDropout) drop(scores, at);\n    RowFactors<Traits> shrink;\n"),
-    mutant("keys of a stage that is not empty", HOPPER,
-           "    mbarrier_wait(shared_.keys_empty(stage), place_.parity ^ 1);\n", ""),
+    mutant("keys of a stage that is not empty", HOPPER, "    mbarrier_wait(shared_.keys_empty(stage), place_.parity ^ 1);\n", ""),
     mutant("values of a stage that is not empty", HOPPER,
            "    mbarrier_wait(shared_.values_empty(stage), place_.parity ^ 1);\n", ""),
     mutant("the other parity of an empty stage", HOPPER, "values_empty(stage), place_.parity ^ 1", "values_empty(stage), place_.parity"),
@@ -198,13 +206,7 @@ MUTANTS = [
     mutant("query heads counted as key heads", APPEND, "is_query ? p.nheads : p.nheads_k", "p.nheads_k"),
     mutant("q written where it came from", APPEND, "row_pointer<T>(p.q_out, batch, row, head)",
            "row_pointer<T>(p.q, batch, row, head)"),
-
-    mutant("q rows of the other half", F32, "16 * m + 8 * half + lane / 4, chunk", "16 * m + 8 * (1 - half) + lane / 4, chunk"),
-    mutant("the last dimensions not multiplied", F32, "chunk < Traits::kChunks", "chunk < Traits::kChunks - 1"),
-    mutant("probabilities shuffled by some lanes", F32, "p[m][half] = shuffle_from(", "if (lane < 31) p[m][half] = shuffle_from("),
-    mutant("values of keys in the lanes' order", F32, "8 * n + 2 * owner + e;", "8 * n + owner + 4 * e;"),
-    mutant("even keys taken twice", F32, "probs[m][n][2 * half + e]", "probs[m][n][2 * half]"),
-    mutant("rows of a lane confused", F32, "fused_multiply_add(p[m][i / 2]", "fused_multiply_add(p[m][i % 2]"),
+    *(of_family("products_f32", *bug) for bug in float_mutants.FORWARD_BUGS),
 
     mutant("digits counted before the buckets are clear", ROW, "    Histogram::clear();\n    block_barrier();\n",
            "    Histogram::clear();\n"),
@@ -309,8 +311,9 @@ MUTANTS = [
     backward("gradients of keys beyond the sequence are written", "return key < sequence_.seqlen_k\n", "return key < 1 << 30\n"),
     backward("statistics of rows beyond the sequence are read", "if (row >= sequence_.rows()) return {kInfinity, 0.0f};\n", ""),
     backward("a row that sees nothing is not guarded", "{lse == -kInfinity ? kInfinity : lse", "{false ? kInfinity : lse"),
-    Mutant("rows of a window's keys off by one", ((SEQUENCE, "row(sees(last) + left + 1)", "row(sees(last) + left)"),), "backward"),
-    Mutant("dropout words of the other key", ((MODIFIERS, "const int wanted = mine ^ other;", "const int wanted = other;"),), "backward"),
+    of_family("backward", "rows of a window's keys off by one", SEQUENCE, "row(sees(last) + left + 1)", "row(sees(last) + left)"),
+    of_family("backward", "dropout words of the other key", MODIFIERS, "const int wanted = mine ^ other;", "const int wanted = other;"),
+    *(of_family("backward_f32", *bug) for bug in float_mutants.BACKWARD_BUGS),
 ]  # fmt: skip
 
 # One of each kind, which every run plants; the others are marked slow.
@@ -332,6 +335,7 @@ CORE = {
     "gradients: swapped fragments of a key", "delta forgotten", "dK unscaled", "dropped probabilities reach dV",
     "a boundary tile of keys counts as open", "a boundary tile of rows counts as open", "the last tile of rows skipped",
     "gradients of keys beyond the sequence are written", "dropout words of the other key",
+    "gradients of floats: tiles as large as of 16 bits",
 }  # fmt: skip
 
 
@@ -341,7 +345,7 @@ def witnesses(family: str, bindings: Path, folder: Path, bug: Mutant | None = No
     from simt.probes import PROBES
 
     objects = dict(healthy_units(bindings))
-    if bug is not None or family == "products_f32":
+    if bug is not None or family in FLOAT_FAMILIES:
         csrc = CSRC if bug is None else bug.plant(folder)
         objects |= compile_units(folder, csrc, (64,), _flags(family), UNITS_OF[family])
     return sorted(PROBES[family](Emulator(link(folder, bindings, objects))))
@@ -359,9 +363,8 @@ def healthy_units(bindings: Path) -> dict[str, Path]:
 
 def _flags(family: str) -> tuple[str, ...]:
     """Quick to build: one dtype."""
-    if family == "products_f32":
-        return ("-O0", "-w", "-DFASTATTN_CUDA_TYPES=float")
-    return ("-O1", "-w", "-DFASTATTN_CUDA_TYPES=f16_t")
+    level, dtype = ("-O0", "float") if family in FLOAT_FAMILIES else ("-O1", "f16_t")
+    return (level, "-w", f"-DFASTATTN_CUDA_TYPES={dtype}")
 
 
 def main() -> None:
@@ -393,5 +396,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(ROOT / "tests"))
     main()
