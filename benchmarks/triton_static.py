@@ -42,7 +42,8 @@ TENSOR_INSTRUCTIONS = {
 
 def cases() -> dict[str, Callable[[], Any]]:
     """Calls by name; each runs host functions of ``fastattn.kernels``."""
-    from fastattn.args import AttentionArgs, KVAppendArgs, SamplingArgs
+    from fastattn import TokenCounts
+    from fastattn.args import AttentionArgs, KVAppendArgs, LogitEdits, SamplingArgs
     from fastattn.kernels import attention, attention_backward, decode, sampling
 
     def call(headdim: int, dtype: torch.dtype, seqlen_q: int = 1024, **more: Any) -> AttentionArgs:
@@ -72,6 +73,14 @@ def cases() -> dict[str, Callable[[], Any]]:
         "dropout_p": 0.1, "rng_state": torch.zeros(2, dtype=torch.int64),
     }  # fmt: skip
     logits = torch.empty(2, 128256)
+
+    def edited() -> None:
+        counts = TokenCounts(2, 128256)
+        bias = (torch.zeros(2, 300, dtype=torch.int64), torch.empty(2, 300))
+        mask = torch.ones(2, 128256 // 32, dtype=torch.int32)
+        edits = LogitEdits(bias, mask, 1.1, 0.5, 0.5, counts)
+        sampling.sample(SamplingArgs(logits, 1.0, 50, 0.9, 0.0, 1, 2, edits, logprobs=20))
+
     return {
         "forward fp16 D=64": lambda: attention.forward(call(64, half)),
         "forward bf16 D=128 causal": lambda: attention.forward(call(128, bf16, causal=True)),
@@ -84,6 +93,7 @@ def cases() -> dict[str, Callable[[], Any]]:
         "backward fp16 D=64": lambda: backward(call(64, half)),
         "backward bf16 D=128 causal": lambda: backward(call(128, bf16, causal=True)),
         "sampling fp32": lambda: sampling.sample(SamplingArgs(logits, 1.0, 50, 0.9, 0.0, 1, 2)),
+        "sampling fp32 edited, log-probabilities": edited,
     }
 
 

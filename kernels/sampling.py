@@ -103,7 +103,11 @@ def mark(logits, kept, vocab, is_bad, cut_key, cut_id, log_min_p, top, temperatu
 
 
 @tuned(CONFIGS, key=["vocab"], enable_fp_fusion=False)
-@triton.jit(do_not_specialize=["vocab"])
+@triton.jit(
+    do_not_specialize=[
+        "vocab", "temperature_row", "top_k_row", "top_p_row", "min_p_row", "seed_row", "position_row"
+    ]
+)  # fmt: skip
 def sample_kernel(
     logits, temperature, top_k, top_p, min_p, seed, position, tokens, kept, logits_row,
     temperature_row, top_k_row, top_p_row, min_p_row, seed_row, position_row, vocab, BLOCK: tl.constexpr,

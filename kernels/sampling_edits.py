@@ -145,7 +145,7 @@ def write(logits, edited, penalties, dense, ids, inside, is_seen, count, bias, P
 
 
 @tuned(CONFIGS, key=["vocab"], enable_fp_fusion=False)
-@triton.jit(do_not_specialize=["vocab"])
+@triton.jit(do_not_specialize=["vocab", "repetition_row", "presence_row", "frequency_row"])
 def edit_kernel(
     logits, edited, repetition, presence, frequency, counts, prompt, bias, allowed,
     logits_row, repetition_row, presence_row, frequency_row, counts_row, prompt_row, bias_row, allowed_row, vocab,
@@ -210,7 +210,9 @@ def edit_biased(logits, edited, penalties, dense, seen, biased, i, PACKED: tl.co
 
 
 @tuned(LISTED_CONFIGS, key=["vocab"], enable_fp_fusion=False)
-@triton.jit(do_not_specialize=["vocab", "seen_capacity", "biases"])
+@triton.jit(
+    do_not_specialize=["vocab", "seen_capacity", "biases", "repetition_row", "presence_row", "frequency_row"]
+)
 def edit_listed_kernel(
     logits, edited, repetition, presence, frequency, counts, prompt, bias, allowed,
     seen_ids, seen_counts, seen_lengths, bias_ids, bias_values,

@@ -34,22 +34,33 @@ def check(args):
     check_kept(args)
 
 
-@pytest.mark.parametrize("name", PARAMETERS)
-def test_the_tokens_of_the_cpu(name):
+def one_call(logits, parameters):
+    """Every row with each of these parameters: a launch costs an emulator more than a row."""
+    off = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
+    columns = {
+        name: torch.tensor([given.get(name, value) for given in parameters for _ in logits])
+        for name, value in off.items()
+    }
+    columns |= {name: x.double() for name, x in columns.items() if name != "top_k"}
+    rows = len(logits) * len(parameters)
+    noise = {"seeds": torch.arange(rows) * 2**40 - 5, "positions": torch.arange(rows) * 2**33}
+    return sampling_args(logits.repeat(len(parameters), 1), **columns, **noise)
+
+
+def test_the_tokens_of_the_cpu():
     logits = torch.randn(2, 203) * 2
     logits[1] = logits[1].round()  # ties
     logits[1, ::3] = -math.inf
-    noise = {"seeds": torch.arange(2) * 2**40 - 5, "positions": torch.arange(2) * 2**33}
-    args = sampling_args(logits, **noise, **PARAMETERS[name])
+    args = one_call(logits, list(PARAMETERS.values()))
     check(args)
-    assert torch.equal(triton.sample(there(args))[0].cpu(), reference.sample(args)[0])
+    assert torch.equal(cpu.sample(args)[0], reference.sample(args)[0])
 
 
 def test_every_k_and_every_p():
     steps = torch.arange(1, 11)
-    logits = (torch.randint(-2, 3, (10,)) / 2).expand(10, -1)
-    check_kept(sampling_args(logits, top_k=steps))
-    check_kept(sampling_args(logits, top_p=steps.double() / 11, temperature=2.5))
+    logits = (torch.randint(-2, 3, (10,)) / 2).expand(20, -1)
+    shares = torch.cat([torch.ones(10), steps / 11]).double()
+    check_kept(sampling_args(logits, top_k=torch.cat([steps, 0 * steps]), top_p=shares, temperature=2.5))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -82,14 +93,13 @@ def test_a_row_that_has_no_token_is_minus_one_and_harms_nobody():
     assert kept.any(1).tolist() == [False, True, False, False, True]
 
 
-@pytest.mark.parametrize("vocab", [1, 3, 128, 129])
+@pytest.mark.parametrize("vocab", [1, 3, 129])
 def test_small_vocabularies(vocab):
     check(sampling_args(torch.randn(2, vocab), seeds=torch.arange(2), top_p=0.7, top_k=2))
 
 
 def test_extreme_logits():
-    for call in EXTREME_PARAMETERS:
-        check(sampling_args(EXTREME_LOGITS, seeds=4, **call))
+    check(one_call(EXTREME_LOGITS, EXTREME_PARAMETERS))
 
 
 if not INTERPRETED:  # Triton's tuner wants a device
