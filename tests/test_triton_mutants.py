@@ -146,7 +146,7 @@ MUTANTS = {
         "test_triton_sampling_edits.py::test_edited_rows_beside_plain_ones[sparse-pb]",
     ),
     "a search that ends one step too early": Mutant(
-        "sampling_edits.py", "while open > 1:", "while open > 2:",
+        "sampling_edits.py", "while open > 1:", "while open > 4:",
         "test_triton_sampling_edits.py::test_edited_rows_beside_plain_ones[sparse-pb]",
     ),
     "seen tokens past the list's end": Mutant(
