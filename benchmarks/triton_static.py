@@ -42,8 +42,16 @@ TENSOR_INSTRUCTIONS = {
 
 def cases() -> dict[str, Callable[[], Any]]:
     """Calls by name; each runs host functions of ``fastattn.kernels``."""
-    from fastattn.args import AttentionArgs, KVAppendArgs, SamplingArgs
-    from fastattn.kernels import attention, attention_backward, decode, sampling
+    from fastattn import TokenCounts
+    from fastattn.args import AttentionArgs, KVAppendArgs, LogitEdits, SamplingArgs
+    from fastattn.kernels import (
+        attention,
+        attention_backward,
+        decode,
+        sampling,
+        sampling_edits,
+        sampling_logprobs,
+    )
 
     def call(headdim: int, dtype: torch.dtype, seqlen_q: int = 1024, **more: Any) -> AttentionArgs:
         q, k = (torch.empty(2, n, heads, headdim, dtype=dtype) for n, heads in ((seqlen_q, 8), (1024, 2)))
@@ -72,6 +80,12 @@ def cases() -> dict[str, Callable[[], Any]]:
         "dropout_p": 0.1, "rng_state": torch.zeros(2, dtype=torch.int64),
     }  # fmt: skip
     logits = torch.empty(2, 128256)
+
+    bias = (torch.zeros(2, 300, dtype=torch.int64), torch.empty(2, 300))
+    edits = LogitEdits(
+        bias, torch.ones(2, 128256 // 32, dtype=torch.int32), 1.1, 0.5, 0.5, TokenCounts(2, 128256)
+    )
+    sampled = SamplingArgs(logits, 1.0, 50, 0.9, 0.0, 1, 2, edits, logprobs=20)
     return {
         "forward fp16 D=64": lambda: attention.forward(call(64, half)),
         "forward bf16 D=128 causal": lambda: attention.forward(call(128, bf16, causal=True)),
@@ -84,6 +98,10 @@ def cases() -> dict[str, Callable[[], Any]]:
         "backward fp16 D=64": lambda: backward(call(64, half)),
         "backward bf16 D=128 causal": lambda: backward(call(128, bf16, causal=True)),
         "sampling fp32": lambda: sampling.sample(SamplingArgs(logits, 1.0, 50, 0.9, 0.0, 1, 2)),
+        "sampling fp32 edits": lambda: sampling_edits.edited(sampled),
+        "sampling fp32 log-probabilities": lambda: sampling_logprobs.rank(
+            sampled, torch.zeros(2, dtype=torch.int64)
+        ),
     }
 
 

@@ -153,6 +153,17 @@ class LogitEdits(NamedTuple):
         """Whether some token may be penalised."""
         return self.token_counts is not None or self.prompt_mask is not None
 
+    def with_ascending_bias(self) -> LogitEdits:
+        """The listed biases of each row by ascending id: those of one token are neighbours then, in their order."""
+        if not isinstance(self.logit_bias, tuple):
+            return self
+        ids, values = self.logit_bias  # each (batch, n)
+        batch = ids.shape[0]
+        if ids.stride(0) == values.stride(0) == 0:  # one list for all rows
+            ids, values = ids[:1], values[:1]
+        ids, order = ids.sort(dim=1, stable=True)
+        return self._replace(logit_bias=(ids.expand(batch, -1), values.gather(1, order).expand(batch, -1)))
+
 
 class SamplingArgs(NamedTuple):
     """One draw per row. A parameter is a number for all rows, or a contiguous (batch,) tensor."""

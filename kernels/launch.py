@@ -100,6 +100,17 @@ def strides(x: Tensor | None, *names: str) -> dict[str, int]:
     return dict(zip(names, (0,) * len(names) if x is None else x.stride()[: len(names)]))
 
 
+def per_row(like: Tensor, dtype: torch.dtype, **numbers: float | Tensor) -> dict[str, Any]:
+    """A number, or one for each row, with the stride ``<name>_row``; on the device of ``like``."""
+    call: dict[str, Any] = {}
+    for name, value in numbers.items():
+        if isinstance(value, Tensor):
+            call |= {name: value, name + "_row": 1}
+        else:
+            call |= {name: torch.full((1,), value, dtype=dtype, device=like.device), name + "_row": 0}
+    return call
+
+
 def attention_call(args: Any, q: Tensor, k: Tensor, v: Tensor) -> dict[str, Any]:
     """The arguments that every attention kernel takes; ``args`` is an ``AttentionArgs``."""
     packed = args.cu_seqlens_q is not None

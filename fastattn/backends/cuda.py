@@ -19,7 +19,7 @@ except ImportError as error:
     _IMPORT_ERROR = str(error)
 
 if TYPE_CHECKING:
-    from fastattn.args import AttentionArgs, KVAppendArgs, LogitEdits, SamplingArgs
+    from fastattn.args import AttentionArgs, KVAppendArgs, SamplingArgs
 
 NAME = "cuda"
 FEATURES = frozenset(
@@ -223,7 +223,7 @@ def _sample(
     board = logits.new_empty(_cuda.plan_sampling(*logits.shape)[1], dtype=torch.int64)
     edited, best = None, None
     if args.edits is not None:
-        args = args._replace(edits=_with_ascending_bias(args.edits))
+        args = args._replace(edits=args.edits.with_ascending_bias())
         edited = logits.new_empty(logits.shape, dtype=torch.float32)
     if logprobs is not None:
         ranks = logits.new_empty(logprobs[1].shape, dtype=torch.int64)
@@ -236,18 +236,6 @@ def _sample(
             *map(calls.address, (edited, board)),
             _stream(logits),
         )
-
-
-def _with_ascending_bias(edits: LogitEdits) -> LogitEdits:
-    """The biases of each row by ascending id: the kernel adds up those of one token, which are neighbours then."""
-    if not isinstance(edits.logit_bias, tuple):
-        return edits
-    ids, values = edits.logit_bias  # each (batch, n)
-    batch = ids.shape[0]
-    if ids.stride(0) == values.stride(0) == 0:  # one list for all rows
-        ids, values = ids[:1], values[:1]
-    ids, order = ids.sort(dim=1, stable=True)
-    return edits._replace(logit_bias=(ids.expand(batch, -1), values.gather(1, order).expand(batch, -1)))
 
 
 def _on_device(x: Tensor) -> torch.cuda.device:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 NAME = "triton"
 FEATURES = frozenset(
     {"window", "softcap", "alibi", "bias", "mask", "sinks", "dropout", "varlen", "leftpad", "cache_batch_idx", "paged",
-     "gradients"}
+     "gradients", "survivors", "penalties", "logit_bias", "allowed", "logprobs"}
 )  # fmt: skip
 _NO_GRADIENTS_WITH = frozenset({"leftpad", "cache_batch_idx", "paged"})
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -94,8 +94,18 @@ def append_kv(args: KVAppendArgs) -> tuple[Tensor, Tensor]:
     return q, seqlens
 
 
-def sample(args: SamplingArgs) -> tuple[Tensor, None]:
-    """One token per row, (batch,) int64; -1 for a row with NaN, with +inf or without a finite logit."""
+def sample(args: SamplingArgs) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor] | None]:
+    """One token per row, (batch,) int64, -1 for a row that has none; and log-probabilities (batch,), ids, (batch, n).
+
+    Nothing waits for the GPU. A row of which there is no softmax has no token, NaN for log-probabilities, and ids -1.
+    """
     from fastattn.kernels import sampling
 
-    return sampling.sample(args), None
+    return sampling.sample(args)
+
+
+def survivors(args: SamplingArgs) -> Tensor:
+    """Which tokens the filters keep, (batch, vocab) bool; a greedy row keeps one, a row without a token none."""
+    from fastattn.kernels import sampling
+
+    return sampling.survivors(args)

@@ -8,11 +8,14 @@ races, and in the interpreter, whose bfloat16 is wrong and is left out.
 from __future__ import annotations
 
 import os
+from copy import copy
 from importlib.util import find_spec
 from typing import Any
 
 import pytest
 import torch
+
+from fastattn import TokenCounts
 
 if find_spec("triton") is None:
     pytest.skip("triton is not installed", allow_module_level=True)
@@ -26,10 +29,21 @@ DTYPES = [torch.float32, torch.float16] if INTERPRETED else [torch.float32, torc
 
 
 def there(x: Any) -> Any:
-    """Tensors, also those in a dict, on the device that kernels run on; strides stay what they are."""
+    """Tensors, also those in a dict, a tuple or ``TokenCounts``, on the device that kernels run on; strides stay."""
+    if DEVICE == "cpu":
+        return x
     if isinstance(x, dict):
         return {name: there(value) for name, value in x.items()}
-    if not isinstance(x, torch.Tensor) or DEVICE == "cpu":
+    if isinstance(x, tuple):
+        items = [there(value) for value in x]
+        return type(x)(*items) if hasattr(x, "_fields") else tuple(items)
+    if isinstance(x, TokenCounts):
+        moved = copy(x)
+        moved.ids, moved.counts, moved.lengths, moved.unseen = map(
+            there, (x.ids, x.counts, x.lengths, x.unseen)
+        )
+        return moved
+    if not isinstance(x, torch.Tensor):
         return x
     if x.requires_grad:
         return x.to(DEVICE)
