@@ -145,7 +145,9 @@ def model_rows(model: Model, seqlen: int, works: list[str], quick: bool) -> list
     rows = []
     for what in works:
         call = {"forward": forward, "training": training}[what]
-        seconds = alternate(dict.fromkeys(switches, call), *((0.0, 1) if quick else (15.0, 5)), before=switches)
+        seconds = alternate(
+            dict.fromkeys(switches, call), *((0.0, 1) if quick else (15.0, 5)), before=switches
+        )
         others = {who: t for who, t in seconds.items() if who not in (OURS, FREE)}
         best = min(others, key=lambda who: others[who]["min"])
         rows.append(
