@@ -18,6 +18,8 @@ import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from gpu_tables import ways_key
+
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "gpu_static.json"
 ARCHITECTURES = ("80", "86", "89", "90a", "100a", "120")
@@ -207,16 +209,20 @@ def report(
 DTYPES = {"f": "float", "5f16_t": "f16", "6bf16_t": "bf16"}
 
 
+def sampling_kernel(mangled: str) -> dict[str, Any] | None:
+    """Which sampling kernel, and its dtype."""
+    match = re.search(r"(sample|edit|rank)_rowsI(?:NS_)?(f|5f16_t|6bf16_t)E", mangled)
+    return match and {"kernel": match[1], "dtype": DTYPES[match[2]]}
+
+
 def sampling_report(architecture: str, folder: Path) -> list[dict[str, Any]]:
     """One row per sampling kernel, none of which has a main loop to speak of: the draw, edits, log-probabilities."""
     log = compile_cubin(architecture, "sampling.cu", ("-fmad=false",), folder)[1]
     rows = []
     for name, used in resources(log).items():
-        match = re.search(r"(sample|edit|rank)_rowsI(?:NS_)?(f|5f16_t|6bf16_t)E", name)
-        assert match is not None, name
-        rows.append(
-            {"architecture": f"sm_{architecture}", "kernel": match[1], "dtype": DTYPES[match[2]], **used}
-        )
+        about = sampling_kernel(name)
+        assert about is not None, name
+        rows.append({"architecture": f"sm_{architecture}", **about, **used})
     return rows
 
 
@@ -245,12 +251,35 @@ TABLE = [
 ]
 
 
+def bank_ways(rows: list[dict[str, Any]]) -> dict[str, int]:
+    """The worst bank conflict of every kernel among ``rows``, in the emulator."""
+    sys.path.insert(0, str(ROOT / "tests"))
+    from simt import bank_ways, emulator
+
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        objects = emulator.compile_units(folder, flags=("-O1", "-w"))
+        built = emulator.Emulator(emulator.link(folder, emulator.compile_bindings(folder), objects))
+        found = bank_ways.measured(built)
+    return {key: found[key] for key in sorted({ways_key(row) for row in rows})}
+
+
 def main() -> None:
     """The whole table, printed and saved if asked."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--save", action="store_true")
+    parser.add_argument(
+        "--banks", action="store_true", help="only the bank conflicts, of the kernels that are known"
+    )
     parser.add_argument("--others", action="store_true", help="only the kernels without tensor instructions")
     options = parser.parse_args()
+    if options.banks:
+        table = json.loads(RESULTS.read_text())
+        table["bank_ways"] = bank_ways([*table["kernels"], *table["others"]])
+        print(*table["bank_ways"].items(), sep="\n")
+        if options.save:
+            RESULTS.write_text(json.dumps(table, indent=1) + "\n")
+        return
     rows, others = [], []
     with tempfile.TemporaryDirectory() as name:
         for architecture in ARCHITECTURES:
@@ -272,6 +301,7 @@ def main() -> None:
         ).stdout
         release = re.search(r"V([\d.]+)", version)
         table = {"nvcc": release[1] if release else None, "kernels": rows, "others": others}
+        table["bank_ways"] = bank_ways([*rows, *others])
         RESULTS.write_text(json.dumps(table, indent=1) + "\n")
 
 

@@ -25,14 +25,20 @@ def spilled(rows: list[Row]) -> str:
     return f"{sum(row['spill_bytes'] for row in rows)} bytes spilled{which}"
 
 
+def ways_key(row: Row) -> str:
+    """Of a kernel among ``bank_ways``: what it is, whatever the architecture."""
+    return " | ".join(str(row[name]) for name in ("kernel", "dtype", "headdim", "rows") if name in row)
+
+
 def cuda_table(record: Row) -> list[str]:
     """A line per architecture, dtype and headdim, a column per kernel."""
     cells: dict[tuple[str, str, int], dict[str, str]] = {}
     for row in record["kernels"]:
+        line = cells.setdefault((row["architecture"], row["dtype"], row["headdim"]), {})
+        line["bank ways"] = str(max(int(line.get("bank ways", 0)), record["bank_ways"][ways_key(row)]))
         column = next((name for name, kernels in KERNELS.items() if row["kernel"] in kernels), None)
         if column is None:
             continue
-        line = cells.setdefault((row["architecture"], row["dtype"], row["headdim"]), {})
         line[column] = (
             f"{row['instructions_per_tensor']:.2f} &middot; {row['registers']} &middot; {row['resident_warps']}"
         )
@@ -40,11 +46,11 @@ def cuda_table(record: Row) -> list[str]:
         f"nvcc {record['nvcc']}; instructions per tensor core instruction in the main loop &middot; registers a "
         "thread &middot; resident warps:",
         "",
-        "| sm | dtype | headdim | " + " | ".join(KERNELS) + " |",
-        "|---" * (3 + len(KERNELS)) + "|",
+        "| sm | dtype | headdim | bank ways | " + " | ".join(KERNELS) + " |",
+        "|---" * (4 + len(KERNELS)) + "|",
     ]
     for (architecture, dtype, headdim), line in cells.items():
-        shown = [line.get(name, "") for name in KERNELS]
+        shown = [line.get(name, "") for name in ("bank ways", *KERNELS)]
         lines.append(
             f"| {architecture.removeprefix('sm_')} | {dtype} | {headdim} | " + " | ".join(shown) + " |"
         )
@@ -59,10 +65,14 @@ def cuda_table(record: Row) -> list[str]:
         f"All {len(rows)} instantiations compiled, those with dropout, pages and modifiers too: "
         f"{spilled(rows)}, {min(tiles)} to {max(tiles)} KiB of shared memory a "
         f"block, {', '.join(sorted({row['tensor'] for row in rows}))}. Of the global accesses of the plain kernels "
-        f"{wide:.0%} or more move 16 bytes. Bank conflicts, counted for every access site in the emulator: none.",
+        f"{wide:.0%} or more move 16 bytes.",
         "",
         f"Of float32, on sm_80: {len(floats)} instantiations, {min(used)} to {max(used)} registers, {spilled(floats)}, "
         f"at most {max(row['shared_bytes'] for row in floats) / 1024:.1f} KiB of shared memory a block.",
+        "",
+        "Bank ways: the most words of one bank that any access to shared memory asks for at once, 1 = no conflict, of "
+        f"all of a line's kernels, as the emulator ran them. At most {max(record['bank_ways'].values())} in all "
+        f"{len(record['bank_ways'])}, those on float32 and those that sample included. Atomics are not counted.",
     ]
 
 

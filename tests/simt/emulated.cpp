@@ -1,5 +1,7 @@
 // The launches of csrc/cuda, compiled for the emulator; its switch between fibers; and what tests ask of it: plain C,
 // for ctypes.
+#include <dlfcn.h>
+
 #include "cuda/launch.cu"
 
 #ifdef __x86_64__
@@ -40,6 +42,20 @@ double simt_bank_factor() { return simt::banks.worst(); }
 const char* simt_bank_table() {
   static std::string text;
   text = simt::banks.table();
+  return text.c_str();
+}
+// The launches since the reset, "where the kernel begins in this library, bank ways" a line.
+const char* simt_launches() {
+  static std::string text;
+  text.clear();
+  for (const auto& [kernel, ways] : simt::banks.launches) {
+    Dl_info library;
+    char line[60];
+    if (!dladdr(kernel, &library)) return nullptr;
+    const auto offset = static_cast<const char*>(kernel) - static_cast<const char*>(library.dli_fbase);
+    snprintf(line, sizeof line, "%lx %d\n", static_cast<unsigned long>(offset), ways);
+    text += line;
+  }
   return text.c_str();
 }
 long simt_mmas() { return simt::machine.mmas; }

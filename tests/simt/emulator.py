@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import importlib.machinery
 import importlib.util
 import itertools
@@ -109,6 +110,8 @@ class Emulator:
         self.module: ModuleType = importlib.util.module_from_spec(spec)
         loader.exec_module(self.module)
         self._library = ctypes.CDLL(str(path))
+        self._path = path
+        self._library.simt_launches.restype = ctypes.c_char_p
         self._library.simt_report.restype = ctypes.c_char_p
         self._library.simt_bank_table.restype = ctypes.c_char_p
         self._library.simt_bank_factor.restype = ctypes.c_double
@@ -233,6 +236,20 @@ class Emulator:
         """The factor of every access site, by file and line."""
         lines = self._library.simt_bank_table().decode().splitlines()
         return {site: float(factor) for site, factor in (line.split() for line in lines)}
+
+    @functools.cached_property
+    def _symbols(self) -> dict[int, str]:
+        listed = subprocess.run(["nm", self._path], capture_output=True, text=True, check=True).stdout
+        fields = (line.split() for line in listed.splitlines())
+        return {
+            int(place, 16): name for place, kind, name in (x for x in fields if len(x) == 3) if kind in "tT"
+        }
+
+    def bank_ways(self) -> list[tuple[str, int]]:
+        """Every launch since the reset: its kernel's mangled name, and of how many words of one bank an access asked for
+        at the most. 1 = no bank conflict, 0 = no access."""
+        lines = (line.split() for line in self._library.simt_launches().decode().splitlines())
+        return [(self._symbols[int(place, 16)], int(ways)) for place, ways in lines]
 
     def mmas(self) -> int:
         """Tensor core instructions executed, counted by warp."""

@@ -12,6 +12,8 @@
 #include <utility>
 #include <vector>
 
+#include "happens_before.h"
+
 #ifndef __x86_64__
 #include <ucontext.h>
 #endif
@@ -55,6 +57,7 @@ struct Copy {
   uint32_t bytes;  // 16, or 0 = zeros
   bool landed;
   Site site;
+  Token issued;
 };
 
 struct Fiber {
@@ -93,6 +96,7 @@ struct Warp {
   Site site{};
   long generation = 0;
   uint32_t epoch = 0;  // warp barriers passed
+  Token barriers[2];   // by turns: nobody is two collectives ahead of another
   alignas(16) unsigned char in[32][64], out[32][64];
 };
 
@@ -173,6 +177,7 @@ class Machine {
 
   int arrived_ = 0, live_ = 0;
   long generation_ = 0;
+  Token barriers_[2];  // by turns
   void* scheduler_pointer_ = nullptr;
 #ifndef __x86_64__
   ucontext_t scheduler_context_;
@@ -187,10 +192,12 @@ extern "C" void simt_switch(void** save, void* load);  // emulated.cpp
 
 inline void Machine::to_scheduler() {
   ++switches;
+  happens_before.to_scheduler();
   simt_switch(&current->stack_pointer, scheduler_pointer_);
 }
 inline void Machine::run(Fiber& fiber) {
   current = &fiber;
+  happens_before.to_thread(fiber.thread);
   simt_switch(&scheduler_pointer_, fiber.stack_pointer);
 }
 inline void Machine::start(Fiber& fiber) {
@@ -204,10 +211,12 @@ inline void Machine::start(Fiber& fiber) {
 #else
 inline void Machine::to_scheduler() {
   ++switches;
+  happens_before.to_scheduler();
   swapcontext(&current->context, &scheduler_context_);
 }
 inline void Machine::run(Fiber& fiber) {
   current = &fiber;
+  happens_before.to_thread(fiber.thread);
   swapcontext(&scheduler_context_, &fiber.context);
 }
 inline void Machine::start(Fiber& fiber) {
@@ -221,6 +230,7 @@ inline void Machine::start(Fiber& fiber) {
 
 inline void Machine::entry() {
   (*machine.body_)();
+  happens_before.end_thread();
   Fiber& me = *machine.current;
   me.ready = false;
   me.done = true;
@@ -233,6 +243,8 @@ inline void Machine::barrier(Site site) {
   me.site = site;
   me.ready = false;
   const long generation = generation_;
+  const Token token = barriers_[generation % 2];
+  happens_before.release(token);
   if (++arrived_ == threads) {
     for (Fiber& fiber : fibers) {
       if (fiber.site.line != site.line) fault(kBarrier, "threads meet at different barriers", site);
@@ -243,6 +255,7 @@ inline void Machine::barrier(Site site) {
     ++epoch;
   }
   while (generation_ == generation) to_scheduler();
+  happens_before.acquire(token);
 }
 
 inline void Machine::collective(Site site, void (*combine)(Warp&)) {
@@ -270,6 +283,7 @@ inline void Machine::launch(Index3 grid_size, int block_threads, const std::func
   body_ = &body;
   fibers.resize(static_cast<size_t>(threads));
   for (Fiber& fiber : fibers) fiber.stack.resize(64 << 10);
+  happens_before.begin_launch();
   std::vector<int> blocks(grid.x * grid.y * grid.z), order;
   for (size_t i = 0; i < blocks.size(); ++i) blocks[i] = static_cast<int>(i);
   for (size_t i = blocks.size(); shuffled && i > 1; --i) std::swap(blocks[i - 1], blocks[random() % i]);
@@ -278,7 +292,11 @@ inline void Machine::launch(Index3 grid_size, int block_threads, const std::func
     const unsigned at = static_cast<unsigned>(number);
     block_index = {at % grid.x, at / grid.x % grid.y, at / (grid.x * grid.y)};
     const int warp_count = (threads + 31) / 32;
+    happens_before.begin_block(block, threads);
     warps.assign(static_cast<size_t>(warp_count), Warp{});
+    for (Token& token : barriers_) token = happens_before.token();
+    for (Warp& warp : warps)
+      for (Token& token : warp.barriers) token = happens_before.token();
     arrived_ = 0;
     epoch = 0;
     live_ = threads;
@@ -320,8 +338,10 @@ inline void Machine::launch(Index3 grid_size, int block_threads, const std::func
       if (!fiber.copies.empty()) fault(kUnwaited, "a thread ends with copies in flight", fiber.copies[0].site);
     }
     after();
+    happens_before.end_block();
     current = nullptr;
   }
+  happens_before.end_launch();
 }
 
 }  // namespace simt

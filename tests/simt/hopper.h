@@ -1,10 +1,12 @@
 // What sm_90 adds to the emulated machine: barriers in shared memory and by name, copies that arrive at them, bulk
-// copies, and the products of warpgroups. All of it is asynchronous, and done as early or as late as the seed likes.
+// copies; products.h has those of warpgroups. All of it is asynchronous, and done as early or as late as the seed
+// likes.
 #pragma once
 
 #include <deque>
+#include <map>
 
-#include "memory.h"
+#include "products.h"
 
 namespace simt {
 
@@ -12,9 +14,17 @@ namespace simt {
 inline void land(Copy& copy) {
   if (copy.landed) return;
   unsigned char data[16] = {};
-  if (copy.bytes && global.read(copy.source, 16, copy.site)) memcpy(data, copy.source, 16);
+  if (copy.bytes && !global.read(copy.source, 16, copy.site)) copy.bytes = 0;
+  memcpy(data, copy.source, copy.bytes);
   shared.land(copy.target, data);
   copy.landed = true;
+}
+
+// A landed copy's accesses, by who copies for its thread.
+inline void account_for(const Copy& copy) {
+  happens_before.acquire(copy.issued);
+  happens_before.read(copy.source, copy.bytes);
+  if (void* at = shared.bytes_at(copy.target, 16)) happens_before.write(at, 16);
 }
 
 // The oldest `count` copies of a thread that waits for them.
@@ -23,6 +33,12 @@ inline void land_oldest(Fiber& me, size_t count) {
     land(me.copies[i]);
     shared.end_copy(me.copies[i].target, me.thread, me.clock[static_cast<size_t>(me.thread)]);
   }
+  const Token landed = happens_before.token();
+  happens_before.for_thread(me.thread, [&] {
+    for (size_t i = 0; i < count; ++i) account_for(me.copies[i]);
+    happens_before.release(landed);
+  });
+  happens_before.acquire(landed);
   me.copies.erase(me.copies.begin(), me.copies.begin() + static_cast<long>(count));
 }
 
@@ -31,14 +47,23 @@ struct Barrier {
   int expected = 0, missing = 0;
   uint32_t phase = 0;
   std::vector<uint32_t> known, arriving;  // clocks: of the phases that have ended, and with those that have arrived
+  Token token = happens_before.token();   // of this phase
+  std::vector<Token> ended = {};          // of those before
 
+  // Whoever arrives has released `token`.
   void arrive(Site site) {
     if (missing == 0) return machine.fault(kBarrier, "arrival at a barrier that was never made", site);
     if (--missing) return;
     missing = expected;
     ++phase;
     known = arriving;
+    ended.push_back(token);
+    token = happens_before.token();
     machine.wake();
+  }
+  void learn() const {
+    machine.current->learn(known);
+    for (Token phase_token : ended) happens_before.acquire(phase_token);
   }
 };
 
@@ -52,7 +77,8 @@ class Barriers {
   void init(uint32_t address, int arrivals, Site site) {
     const uint64_t state = 0;
     shared.write(address, &state, 8, site);
-    in_memory_[address] = Barrier{arrivals, arrivals, 0, {}, {}};
+    Barrier& barrier = in_memory_[address] = Barrier{};
+    barrier.expected = barrier.missing = arrivals;
   }
   Barrier& at(uint32_t address, Site site) {
     uint64_t state;
@@ -62,7 +88,7 @@ class Barriers {
   void wait(uint32_t address, int parity, Site site) {
     Barrier& barrier = at(address, site);
     machine.wait_until(site, [&] { return static_cast<int>(barrier.phase % 2) != parity; });
-    machine.current->learn(barrier.known);
+    barrier.learn();
   }
 
   void meet(int id, int threads, Site site) {
@@ -72,9 +98,10 @@ class Barriers {
       machine.fault(kBarrier, "threads disagree about a named barrier", site);
     const uint32_t phase = barrier.phase;
     machine.current->publish(barrier.arriving);
+    happens_before.release(barrier.token);
     barrier.arrive(site);
     machine.wait_until(site, [&] { return barrier.phase != phase; });
-    machine.current->learn(barrier.known);
+    barrier.learn();
   }
 
  private:
@@ -91,7 +118,7 @@ class Arrivals {
   // All copies of this thread that nothing waits for yet, and its arrival after them.
   void add(Barrier& barrier, Site site) {
     Fiber& me = *machine.current;
-    Arrival arrival{me.copies, &barrier, {}, me.clock[static_cast<size_t>(me.thread)], site};
+    Arrival arrival{me.copies, &barrier, {}, me.clock[static_cast<size_t>(me.thread)], site, happens_before.moment()};
     me.copies.clear();
     me.groups.clear();
     me.ungrouped = 0;
@@ -112,6 +139,11 @@ class Arrivals {
     std::vector<uint32_t>& arriving = arrival.barrier->arriving;
     arriving.resize(arrival.known.size());
     for (size_t i = 0; i < arriving.size(); ++i) arriving[i] = std::max(arriving[i], arrival.known[i]);
+    happens_before.for_thread(thread, [&] {
+      for (const Copy& copy : arrival.copies) account_for(copy);
+      happens_before.acquire(arrival.issued);
+      happens_before.release(arrival.barrier->token);
+    });
     arrival.barrier->arrive(arrival.site);
   }
   void land_all_of(int thread) {
@@ -133,6 +165,7 @@ class Arrivals {
     std::vector<uint32_t> known;
     uint32_t clock;
     Site site;
+    Token issued;
   };
   std::map<int, std::deque<Arrival>> of_thread_;
 };
@@ -151,6 +184,11 @@ class BulkStores {
     ProxyReader reader;
     reader.asked_by(*machine.current);
     for (uint32_t i = 0; i < bytes; i += 16) shared.read_by_proxy(source + i, &store.data[i], reader, site);
+    const Token issued = happens_before.moment();
+    happens_before.for_thread(store.thread, [&] {
+      happens_before.acquire(issued);
+      if (void* at = shared.bytes_at(source, bytes)) happens_before.read(at, bytes);
+    });
     shared.count_reader(source, bytes, 1);
     pending_.push_back(std::move(store));
   }
@@ -179,170 +217,19 @@ class BulkStores {
     Store& store = pending_[i];
     for (size_t b = 0; b < store.data.size(); b += 16) {
       char* at = static_cast<char*>(store.target) + b;
-      if (global.write(at, 16, store.site)) memcpy(at, &store.data[b], 16);
+      if (!global.write(at, 16, store.site)) continue;
+      memcpy(at, &store.data[b], 16);
+      happens_before.for_thread(store.thread, [&] { happens_before.write(at, 16); });
     }
+    const Token done = happens_before.token();
+    happens_before.for_thread(store.thread, [&] { happens_before.release(done); });
+    happens_before.acquire(done);
     shared.count_reader(store.source, static_cast<uint32_t>(store.data.size()), -1);
     pending_.erase(pending_.begin() + static_cast<long>(i));
   }
   std::vector<Store> pending_;
 };
 inline BulkStores bulk_stores;
-
-// ---------------------------------------------------------------- products
-// A matrix descriptor, decoded as the PTX ISA has it: where 16 bytes of an operand lie.
-struct Descriptor {
-  uint32_t start, leading, stride, span;  // span: bytes of the swizzle, 16 = none
-
-  explicit Descriptor(uint64_t bits)
-      : start(static_cast<uint32_t>(bits & 0x3fff) << 4),
-        leading(static_cast<uint32_t>(bits >> 16 & 0x3fff) << 4),
-        stride(static_cast<uint32_t>(bits >> 32 & 0x3fff) << 4) {
-    constexpr uint32_t spans[4] = {16, 128, 64, 32};
-    span = spans[bits >> 62];
-  }
-
-  // Chunk `chunk` (8 elements along k) of row `row`: K-major.
-  uint32_t of_row(int row, int chunk) const {
-    const uint32_t in_row = static_cast<uint32_t>(chunk) * (span == 16 ? leading : 16);
-    return swizzled(start + static_cast<uint32_t>(row / 8) * stride + static_cast<uint32_t>(row % 8) * span + in_row);
-  }
-  // Chunk `chunk` (8 elements along n) of line k: MN-major.
-  uint32_t of_line(int k, int chunk) const {
-    const uint32_t eight = static_cast<uint32_t>(k / 8), line = static_cast<uint32_t>(k % 8) * span;
-    const uint32_t at = static_cast<uint32_t>(chunk) * 16;
-    if (span == 16) return start + static_cast<uint32_t>(chunk) * stride + eight * leading + line;
-    return swizzled(start + at / span * leading + eight * stride + line + at % span);
-  }
-
- private:
-  uint32_t swizzled(uint32_t address) const { return address ^ ((address >> 7 & (span / 16 - 1)) << 4); }
-};
-
-// A thread's accumulators while they belong to products: what is at `home` is NaN until the wait.
-struct Accumulator {
-  float* home;
-  std::vector<float> value;
-  uint32_t last = 0;  // the youngest product that adds to it
-};
-
-struct Product {
-  uint64_t a_tile, b_tile;  // a_tile is 0 where a is in registers
-  int tiles;                // n / 8
-  bool add, b_is_columns;
-  void (*multiply)(Product&, int group, uint32_t number);
-  Site site;
-  int issued = 0;
-  ProxyReader reader = {};
-  struct Lane {
-    Accumulator* c;
-    const uint32_t* a;
-  } lanes[128] = {};
-
-  bool same(const Product& other) const {
-    return a_tile == other.a_tile && b_tile == other.b_tile && tiles == other.tiles && add == other.add &&
-           b_is_columns == other.b_is_columns && site.line == other.site.line;
-  }
-};
-
-// The products of one warpgroup, which run in the order of their issue.
-class Warpgroup {
- public:
-  explicit Warpgroup(int number) : number_(number), threads_(128) {}
-
-  void fence() { mine().fenced = true; }
-
-  void issue(const Product& wanted, float* c, const uint32_t* a) {
-    perhaps_finish();
-    Thread& me = mine();
-    if (!me.fenced) machine.fault(kWarpgroup, "product without a fence", wanted.site);
-    const uint32_t number = ++me.issued;
-    if (number - done_ > products_.size()) products_.push_back(wanted);
-    Product& product = products_[number - done_ - 1];
-    if (!product.same(wanted)) machine.fault(kWarpgroup, "threads issue different products", wanted.site);
-    product.lanes[index()] = {accumulator(c, wanted.tiles * 4, number), a};
-    product.reader.asked_by(*machine.current);
-    if (++product.issued < 128) return;
-    machine.wake();
-    while (machine.landing == Landing::at_issue && finish_one()) {
-    }
-  }
-  void commit() { mine().groups.push_back(mine().issued); }
-
-  void wait(size_t pending, Site site) {
-    Thread& me = mine();
-    me.fenced = false;
-    uint32_t last = 0;
-    for (; me.groups.size() > pending; me.groups.pop_front()) last = me.groups.front();
-    if (!last) return;
-    machine.wait_until(site, [&] {
-      while (done_ < last && finish_one()) {
-      }
-      return done_ >= last;
-    });
-    me.retired = last;
-    for (size_t i = 0; i < me.accumulators.size();)
-      if (me.accumulators[i]->last <= last)
-        give_back(me, i, site);
-      else
-        ++i;
-    machine.current->clock[static_cast<size_t>(machine.threads + machine.current->thread / 32)] = last;
-  }
-
-  bool finish_one() {
-    if (products_.empty() || products_.front().issued < 128) return false;
-    Product product = products_.front();
-    products_.pop_front();
-    ++done_;
-    product.multiply(product, number_, done_);
-    machine.wake();
-    return true;
-  }
-  void perhaps_finish() {
-    if (machine.landing == Landing::between && (machine.random() & 3) == 0) finish_one();
-  }
-  bool is_done(int thread) const {
-    return threads_[static_cast<size_t>(thread % 128)].issued == threads_[static_cast<size_t>(thread % 128)].retired;
-  }
-
- private:
-  struct Thread {
-    uint32_t issued = 0, retired = 0;
-    bool fenced = false;
-    std::deque<uint32_t> groups;  // the last product of each that was committed and not waited for
-    std::vector<std::unique_ptr<Accumulator>> accumulators;
-  };
-  static size_t index() { return static_cast<size_t>(machine.current->thread % 128); }
-  Thread& mine() { return threads_[index()]; }
-
-  Accumulator* accumulator(float* home, int count, uint32_t number) {
-    Thread& me = mine();
-    for (auto& known : me.accumulators)
-      if (known->home == home) {
-        known->last = number;
-        return known.get();
-      }
-    me.accumulators.push_back(std::make_unique<Accumulator>(Accumulator{home, {home, home + count}, number}));
-    memset(home, 0xFF, static_cast<size_t>(count) * 4);
-    return me.accumulators.back().get();
-  }
-  static void give_back(Thread& me, size_t i, Site site) {
-    Accumulator& c = *me.accumulators[i];
-    for (size_t e = 0; e < c.value.size(); ++e) {
-      uint32_t bits;
-      memcpy(&bits, c.home + e, 4);
-      if (bits != 0xffffffffu) machine.fault(kWarpgroup, "accumulators were touched while a product had them", site);
-      c.home[e] = c.value[e];
-    }
-    me.accumulators.erase(me.accumulators.begin() + static_cast<long>(i));
-  }
-
-  const int number_;
-  uint32_t done_ = 0;
-  std::deque<Product> products_;  // from number done_ + 1 on
-  std::vector<Thread> threads_;
-};
-inline std::deque<Warpgroup> warpgroups;
-inline Warpgroup& warpgroup() { return warpgroups[static_cast<size_t>(machine.current->thread / 128)]; }
 
 // ---------------------------------------------------------------- the block
 inline void begin_block() {

@@ -9,16 +9,10 @@
 
 #include <algorithm>
 #include <cstring>
-#include <map>
-#include <memory>
 
 #include "fibers.h"
 
 namespace simt {
-
-struct Conflicts {  // of one access site: 1 cycle per phase is the best there is
-  long phases = 0, cycles = 0;
-};
 
 // The last write to a place and the reads since.
 struct History {
@@ -95,10 +89,12 @@ class SharedMemory {
  public:
   uint32_t base = 0;  // the address of the first byte
 
+  void begin_launch() { earlier_blocks_.clear(); }
   void reset(size_t bytes) {
     // As aligned as hardware promises, and not more.
     base = 128 * static_cast<uint32_t>(1 + machine.random() % 8);
-    bytes_.assign(bytes, 0xFF);  // NaN in every format
+    if (kJudged) earlier_blocks_.push_back(std::move(bytes_));  // the same bytes again would be a race between blocks
+    bytes_.assign(bytes, 0xFF);                                 // NaN in every format
     words_.assign(bytes / 4, Word{});
   }
 
@@ -109,7 +105,7 @@ class SharedMemory {
     return false;
   }
 
-  void read(uint32_t address, void* out, uint32_t bytes, Site site) {
+  __attribute__((noinline)) void read(uint32_t address, void* out, uint32_t bytes, Site site) {
     memset(out, 0xFF, bytes);
     if (!inside(address, bytes, site)) return;
     for (uint32_t i = 0; i < bytes; i += 4) {
@@ -119,12 +115,14 @@ class SharedMemory {
         machine.fault(kUninitialised, "read of shared memory never written", site);
       if (!word.history.read()) machine.fault(kSharedRace, "shared read races with a write", site);
     }
+    happens_before.read(&bytes_[address - base], bytes, __builtin_return_address(0));
     memcpy(out, &bytes_[address - base], bytes);
   }
 
-  void write(uint32_t address, const void* data, uint32_t bytes, Site site) {
+  __attribute__((noinline)) void write(uint32_t address, const void* data, uint32_t bytes, Site site) {
     if (!inside(address, bytes, site)) return;
     claim(address, bytes, site);
+    happens_before.write(&bytes_[address - base], bytes, __builtin_return_address(0));
     memcpy(&bytes_[address - base], data, bytes);
   }
 
@@ -135,6 +133,7 @@ class SharedMemory {
     if (word.history.writer == History::kNobody)
       machine.fault(kUninitialised, "atomic on shared memory never written", site);
     if (!word.history.atomic()) machine.fault(kSharedRace, "shared atomic races with another access", site);
+    happens_before.atomic(&bytes_[address - base]);
     uint32_t before;
     memcpy(&before, &bytes_[address - base], 4);
     const uint32_t after = before + value;
@@ -163,6 +162,11 @@ class SharedMemory {
       word.history.written_by(thread, clock);
       word.written_at = ++machine.now;
     }
+  }
+
+  // Where the bytes are, for ThreadSanitizer; null outside.
+  void* bytes_at(uint32_t address, uint32_t bytes) {
+    return address >= base && address - base + bytes <= bytes_.size() ? &bytes_[address - base] : nullptr;
   }
 
   // 16 bytes as the asynchronous proxy sees them: NaN where neither the reader nor who wrote them has fenced since.
@@ -229,6 +233,7 @@ class SharedMemory {
   }
 
   std::vector<unsigned char> bytes_;
+  std::vector<std::vector<unsigned char>> earlier_blocks_;  // of this launch
   std::vector<Word> words_;
 };
 
@@ -303,87 +308,5 @@ class GlobalMemory {
 };
 
 inline GlobalMemory global;
-
-// Bank conflicts by site. A warp's lanes come one by one: the n-th access of a lane at a site belongs to the warp's
-// n-th.
-class BankCounter {
- public:
-  void clear() { sites_.clear(); }
-  void reset_block() { open_.clear(); }
-
-  // One phase: the cycles of those lanes' accesses are the most distinct words that fall into one bank.
-  void phase(Site site, const uint32_t* addresses, int lanes, uint32_t bytes) {
-    int most = 1, used[32] = {};
-    uint32_t words[32 * 4];
-    int count = 0;
-    for (int lane = 0; lane < lanes; ++lane)
-      for (uint32_t i = 0; i < bytes; i += 4) {
-        const uint32_t word = (addresses[lane] + i) / 4;
-        bool known = false;
-        for (int k = 0; k < count; ++k) known |= words[k] == word;
-        if (known) continue;
-        words[count++] = word;
-        const int ways = ++used[word % 32];
-        most = ways > most ? ways : most;
-      }
-    Conflicts& conflicts = sites_[site.line * 64 + file_number(site.file)];
-    ++conflicts.phases;
-    conflicts.cycles += most;
-  }
-
-  void access(Site site, uint32_t address, uint32_t bytes) {
-    const int warp = machine.current->thread / 32, lane = machine.lane();
-    Open& open = open_[{warp, site.line * 64 + file_number(site.file)}];
-    const size_t nth = open.seen[lane]++;
-    if (open.rows.size() <= nth) open.rows.resize(nth + 1);
-    Row& row = open.rows[nth];
-    row.address[lane] = address;
-    if (++row.count < 32) return;
-    const int lanes = static_cast<int>(128 / bytes);
-    for (int first = 0; first < 32; first += lanes) phase(site, row.address + first, lanes, bytes);
-  }
-
-  double worst() const {
-    double factor = 1;
-    for (const auto& [key, c] : sites_)
-      factor = std::max(factor, static_cast<double>(c.cycles) / static_cast<double>(c.phases));
-    return factor;
-  }
-  std::string table() const {
-    std::string text;
-    for (const auto& [key, c] : sites_) {
-      char line[160];
-      const char* path = files_[static_cast<size_t>(key % 64)];
-      const char* slash = strrchr(path, '/');
-      snprintf(line, sizeof line, "%s:%d %.3f\n", slash ? slash + 1 : path, key / 64,
-               static_cast<double>(c.cycles) / static_cast<double>(c.phases));
-      text += line;
-    }
-    return text;
-  }
-
- private:
-  struct Row {
-    uint32_t address[32];
-    int count = 0;
-  };
-  struct Open {
-    size_t seen[32] = {};
-    std::vector<Row> rows;
-  };
-
-  int file_number(const char* file) {
-    for (size_t i = 0; i < files_.size(); ++i)
-      if (files_[i] == file || !strcmp(files_[i], file)) return static_cast<int>(i);
-    files_.push_back(file);
-    return static_cast<int>(files_.size() - 1);
-  }
-
-  std::map<int, Conflicts> sites_;
-  std::map<std::pair<int, int>, Open> open_;
-  std::vector<const char*> files_;
-};
-
-inline BankCounter banks;
 
 }  // namespace simt

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cmath>
 
+#include "banks.h"
 #include "hopper.h"
 #include "params.h"
 
@@ -27,6 +28,8 @@ inline void block_barrier(simt::Site site = simt::here()) {
   simt::perhaps_land();
 }
 inline void warp_barrier(simt::Site site = simt::here()) {
+  const simt::Token token = simt::machine.warp().barriers[simt::machine.warp().generation % 2];
+  simt::happens_before.release(token);
   simt::machine.collective(site, [](simt::Warp& warp) {
     ++warp.epoch;
     simt::Fiber* lanes = &simt::machine.fibers[static_cast<size_t>(&warp - simt::machine.warps.data()) * 32];
@@ -34,6 +37,7 @@ inline void warp_barrier(simt::Site site = simt::here()) {
     for (int lane = 0; lane < 32; ++lane) lanes[lane].publish(known);
     for (int lane = 0; lane < 32; ++lane) lanes[lane].learn(known);
   });
+  simt::happens_before.acquire(token);
 }
 
 template <class V>
@@ -112,43 +116,43 @@ inline double logarithm(double x) { return std::log(x); }
 inline float fused_multiply_add(float a, float b, float c) { return std::fma(a, b, c); }
 
 // ---------------------------------------------------------------- shared memory
-inline void load_shared16(uint32_t (&r)[4], uint32_t address, simt::Site site = simt::here()) {
+SIMT_ACCESS void load_shared16(uint32_t (&r)[4], uint32_t address, simt::Site site = simt::here()) {
   simt::banks.access(site, address, 16);
   simt::shared.read(address, r, 16, site);
 }
-inline void store_shared4(uint32_t address, uint32_t value, simt::Site site = simt::here()) {
+SIMT_ACCESS void store_shared4(uint32_t address, uint32_t value, simt::Site site = simt::here()) {
   simt::banks.access(site, address, 4);
   simt::shared.write(address, &value, 4, site);
 }
-inline Float2 load_shared_pair(uint32_t address, simt::Site site = simt::here()) {
+SIMT_ACCESS Float2 load_shared_pair(uint32_t address, simt::Site site = simt::here()) {
   Float2 pair;
   simt::banks.access(site, address, 8);
   simt::shared.read(address, &pair, 8, site);
   return pair;
 }
-inline void store_shared_pair(uint32_t address, Float2 pair, simt::Site site = simt::here()) {
+SIMT_ACCESS void store_shared_pair(uint32_t address, Float2 pair, simt::Site site = simt::here()) {
   simt::banks.access(site, address, 8);
   simt::shared.write(address, &pair, 8, site);
 }
 
-inline void store_shared8(uint32_t address, uint64_t value, simt::Site site = simt::here()) {
+SIMT_ACCESS void store_shared8(uint32_t address, uint64_t value, simt::Site site = simt::here()) {
   simt::banks.access(site, address, 8);
   simt::shared.write(address, &value, 8, site);
 }
-inline uint32_t load_shared4(uint32_t address, simt::Site site = simt::here()) {
+SIMT_ACCESS uint32_t load_shared4(uint32_t address, simt::Site site = simt::here()) {
   uint32_t value;
   simt::banks.access(site, address, 4);
   simt::shared.read(address, &value, 4, site);
   return value;
 }
-inline uint64_t load_shared8(uint32_t address, simt::Site site = simt::here()) {
+SIMT_ACCESS uint64_t load_shared8(uint32_t address, simt::Site site = simt::here()) {
   uint64_t value;
   simt::banks.access(site, address, 8);
   simt::shared.read(address, &value, 8, site);
   return value;
 }
 // Where atomics go depends on data: their bank conflicts are not counted.
-inline uint32_t add_shared4(uint32_t address, uint32_t value, simt::Site site = simt::here()) {
+SIMT_ACCESS uint32_t add_shared4(uint32_t address, uint32_t value, simt::Site site = simt::here()) {
   return simt::shared.add(address, value, site);
 }
 
@@ -165,7 +169,7 @@ void exchange_matrices(simt::Warp& warp) {
       }
 }
 template <bool kTrans>
-void load_matrices(uint32_t (&r)[4], uint32_t address, simt::Site site) {
+SIMT_ACCESS void load_matrices(uint32_t (&r)[4], uint32_t address, simt::Site site) {
   simt::Warp& warp = simt::machine.warp();
   const int lane = simt::machine.lane();
   simt::shared.read(address, warp.in[lane], 16, site);
@@ -173,10 +177,10 @@ void load_matrices(uint32_t (&r)[4], uint32_t address, simt::Site site) {
   simt::machine.collective(site, exchange_matrices<kTrans>);
   memcpy(r, warp.out[lane], 16);
 }
-inline void ldmatrix_x4(uint32_t (&r)[4], uint32_t address, simt::Site site = simt::here()) {
+SIMT_ACCESS void ldmatrix_x4(uint32_t (&r)[4], uint32_t address, simt::Site site = simt::here()) {
   load_matrices<false>(r, address, site);
 }
-inline void ldmatrix_x4_trans(uint32_t (&r)[4], uint32_t address, simt::Site site = simt::here()) {
+SIMT_ACCESS void ldmatrix_x4_trans(uint32_t (&r)[4], uint32_t address, simt::Site site = simt::here()) {
   load_matrices<true>(r, address, site);
 }
 
@@ -222,7 +226,7 @@ inline void cp_async16(uint32_t target, const void* source, bool wanted, simt::S
   simt::perhaps_land();
   simt::banks.access(site, target, 16);
   simt::shared.begin_copy(target, site);
-  simt::Copy copy{target, source, wanted ? 16u : 0u, false, site};
+  simt::Copy copy{target, source, wanted ? 16u : 0u, false, site, simt::happens_before.moment()};
   if (simt::machine.landing == simt::Landing::at_issue) simt::land(copy);
   simt::machine.current->copies.push_back(copy);
   ++simt::machine.current->ungrouped;
@@ -249,18 +253,24 @@ inline void cp_async_wait_all() {
 
 // ---------------------------------------------------------------- global memory
 template <class V>
-V load_global(const V* pointer, simt::Site site = simt::here()) {
+SIMT_ACCESS V load_global(const V* pointer, simt::Site site = simt::here()) {
   V value;
   memset(&value, 0xFF, sizeof value);
-  if (simt::global.read(pointer, sizeof value, site)) memcpy(&value, pointer, sizeof value);
+  if (!simt::global.read(pointer, sizeof value, site)) return value;
+  simt::happens_before.read(pointer, sizeof value);
+  memcpy(&value, pointer, sizeof value);
   return value;
 }
 template <class V>
-void store_global(V* pointer, V value, simt::Site site = simt::here()) {
-  if (simt::global.write(pointer, sizeof value, site)) memcpy(pointer, &value, sizeof value);
+SIMT_ACCESS void store_global(V* pointer, V value, simt::Site site = simt::here()) {
+  if (!simt::global.write(pointer, sizeof value, site)) return;
+  simt::happens_before.write(pointer, sizeof value);
+  memcpy(pointer, &value, sizeof value);
 }
-inline void store_global16(void* pointer, const uint32_t (&r)[4], simt::Site site = simt::here()) {
-  if (simt::global.write(pointer, 16, site)) memcpy(pointer, r, 16);
+SIMT_ACCESS void store_global16(void* pointer, const uint32_t (&r)[4], simt::Site site = simt::here()) {
+  if (!simt::global.write(pointer, 16, site)) return;
+  simt::happens_before.write(pointer, 16);
+  memcpy(pointer, r, 16);
 }
 
 }  // namespace
@@ -281,6 +291,8 @@ struct Launch {
 template <class Params>
 int launch_kernel(void (*kernel)(Params), int threads, const Launch& at, const Params& params) {
   simt::global.begin_launch();
+  simt::shared.begin_launch();
+  simt::banks.begin_launch(reinterpret_cast<const void*>(kernel));
   simt::machine.launch(
       {at.blocks_x, at.blocks_y, 1}, threads, [&] { kernel(params); },
       [&] {

@@ -17,6 +17,7 @@ inline void mbarrier_arrive(uint32_t barrier, simt::Site site = simt::here()) {
   simt::perhaps_land();
   simt::Barrier& at = simt::barriers.at(barrier, site);
   simt::machine.current->publish(at.arriving);
+  simt::happens_before.release(at.token);
   at.arrive(site);
 }
 inline void mbarrier_arrive_copies(uint32_t barrier, simt::Site site = simt::here()) {
@@ -57,16 +58,17 @@ void pin(V (&)[kTiles][4]) {}
 
 // 8 elements of an operand in shared memory, from where the descriptor says that they lie.
 template <class T>
-void read_operand(float (&out)[8], uint32_t address, const simt::Product& product, int group, uint32_t number) {
+void read_operand(float (&out)[8], uint32_t address, simt::Product& product, int group, uint32_t number) {
   T elements[8];
   simt::shared.read_by_proxy(address, elements, product.reader, product.site);
   simt::shared.mark_operand(address, group, number);
+  if (simt::kJudged) product.operands.push_back(address);
   for (int i = 0; i < 8; ++i) out[i] = to_float(elements[i]);
 }
 
 // a (64, 16) from shared memory, K-major, or from the registers of four warps.
 template <class T>
-void gather_a(float (&a)[64][16], const simt::Product& product, int group, uint32_t number) {
+void gather_a(float (&a)[64][16], simt::Product& product, int group, uint32_t number) {
   const simt::Descriptor tile(product.a_tile);
   for (int row = 0; row < 64 && product.a_tile; ++row)
     for (int chunk = 0; chunk < 2; ++chunk) {
@@ -84,7 +86,7 @@ void gather_a(float (&a)[64][16], const simt::Product& product, int group, uint3
 
 // b (16, n), in whichever order its chunks lie.
 template <class T>
-void gather_b(float (&b)[16][256], const simt::Product& product, int group, uint32_t number) {
+void gather_b(float (&b)[16][256], simt::Product& product, int group, uint32_t number) {
   const simt::Descriptor tile(product.b_tile);
   const int lines = product.b_is_columns ? 16 : 8 * product.tiles, chunks = product.b_is_columns ? product.tiles : 2;
   for (int chunk = 0; chunk < chunks; ++chunk)
