@@ -19,8 +19,8 @@ demo: build
 	$(BIN)/fastattn generate --temperature 0 --max-new-tokens 60 --chat \
 	  "In three short sentences, explain what attention does in a language model."
 
-# Two at a time. Threads that wait shall sleep: those of the other half want the cores.
-PYTEST = OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n 2 --dist loadgroup
+# Two at a time, in the order of tests/conftest.py. Threads that wait shall sleep: those of the other half want the cores.
+PYTEST = OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder --durations 20
 
 test: build $(VENV)/.test
 	$(PYTEST) -m "not slow"

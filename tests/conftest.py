@@ -18,14 +18,32 @@ def pytest_report_header() -> str:
     return f"seeds: 0 before every test, {SEED} for all pairs; hypothesis is derandomised"
 
 
+EMULATED = "emulator"
+LONGEST = (
+    "test_sanitizers",
+    EMULATED,
+    "test_cuda_mutants",
+    "test_triton",
+    "test_cuda_build",
+    "test_triton_mutants",
+)
+
+
 @pytest.hookimpl(tryfirst=True)  # xdist reads the groups in this hook, too
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """With several workers (``-n``), one file is one worker's, and so is all that runs in the emulator, built once."""
+    """With several workers (``-n``), one file is one worker's, and so is all that runs in the emulator, built once.
+
+    The longest come first, so that no worker is left with one of them while the others have nothing to do.
+    """
     if not config.pluginmanager.hasplugin("xdist"):
         return
+    groups = {}
     for item in items:
         emulated = {"emulator", "machine"} & set(getattr(item, "fixturenames", ()))
-        item.add_marker(pytest.mark.xdist_group("emulator" if emulated else item.path.stem))
+        groups[item] = EMULATED if emulated else item.path.stem
+        item.add_marker(pytest.mark.xdist_group(groups[item]))
+    rank = {name: i for i, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: rank.get(groups[item], len(rank)))
 
 
 @pytest.fixture(params=fastattn.cpu_isas())
