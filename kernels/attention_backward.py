@@ -114,11 +114,17 @@ def attention_dq_kernel(
     if tile * BLOCK_M >= seq.seqlen_q:
         return
     rows = P.rows_of(tile, head.to(tl.int32), seq.seqlen_q, BLOCK_M, 1)
-    modifiers = P.modifiers_of(
-        b, rows, slopes, bias, mask, slopes_batch, bias_batch, bias_head, bias_row, bias_key,
-        mask_batch, mask_head, mask_row, mask_key, scale, softcap, left, right,
-    )  # fmt: skip
-    dropout = P.dropout_of(b, nheads, rows, rng_state, dropout_threshold)
+    slope, bias_at, mask_at = slopes, bias, mask
+    if slopes is not None:
+        slope = P.slopes_of(b, rows, slopes, slopes_batch)
+    if bias is not None:
+        bias_at = P.row_pointers(bias, b, rows, bias_batch, bias_head, bias_row)
+    if mask is not None:
+        mask_at = P.row_pointers(mask, b, rows, mask_batch, mask_head, mask_row)
+    modifiers = P.Modifiers(scale, softcap, slope, bias_at, bias_key, mask_at, mask_key, left, right)
+    dropout = None
+    if rng_state is not None:
+        dropout = P.dropout_of(b, nheads, rows, rng_state, dropout_threshold)
     b = b.to(tl.int64)
     row = seq.q_first + rows.i  # (BLOCK_M,)
     kv_head = head // GROUP
@@ -206,11 +212,17 @@ def attention_dkdv_kernel(
         head = kv_head * GROUP + member
         for m in range(begin, end, BLOCK_M):
             rows = P.rows_of(m // BLOCK_M, head.to(tl.int32), seq.seqlen_q, BLOCK_M, 1)
-            modifiers = P.modifiers_of(
-                sequence, rows, slopes, bias, mask, slopes_batch, bias_batch, bias_head, bias_row, bias_key,
-                mask_batch, mask_head, mask_row, mask_key, scale, softcap, left, right,
-            )  # fmt: skip
-            dropout = P.dropout_of(sequence, nheads, rows, rng_state, dropout_threshold)
+            slope, bias_at, mask_at = slopes, bias, mask
+            if slopes is not None:
+                slope = P.slopes_of(sequence, rows, slopes, slopes_batch)
+            if bias is not None:
+                bias_at = P.row_pointers(bias, sequence, rows, bias_batch, bias_head, bias_row)
+            if mask is not None:
+                mask_at = P.row_pointers(mask, sequence, rows, mask_batch, mask_head, mask_row)
+            modifiers = P.Modifiers(scale, softcap, slope, bias_at, bias_key, mask_at, mask_key, left, right)
+            dropout = None
+            if rng_state is not None:
+                dropout = P.dropout_of(sequence, nheads, rows, rng_state, dropout_threshold)
             row = seq.q_first + rows.i  # (BLOCK_M,)
             at = b * q_batch + row * q_row + head * q_head
             queries = P.load_rows(q, at, rows.inside, headdim, BLOCK_D, EVEN_D, True)  # (BLOCK_M, BLOCK_D)

@@ -103,6 +103,12 @@ def rows_of(tile, kv_head, seqlen_q, BLOCK_M: tl.constexpr, GROUP: tl.constexpr)
 
 
 @triton.jit
+def slopes_of(b, rows, slopes, slopes_batch):
+    """(ROWS,) ALiBi slopes, times log2 e."""
+    return tl.load(slopes + b * slopes_batch + rows.head, mask=rows.inside, other=0.0) * LOG2E
+
+
+@triton.jit
 def row_pointers(x, b, rows, stride_batch, stride_head, stride_row):
     """(ROWS,) pointers into a (batch, nheads, seqlen_q, seqlen_k) tensor."""
     return x + (
@@ -110,21 +116,6 @@ def row_pointers(x, b, rows, stride_batch, stride_head, stride_row):
         + rows.head.to(tl.int64) * stride_head
         + rows.i.to(tl.int64) * stride_row
     )
-
-
-@triton.jit
-def modifiers_of(
-    b, rows, slopes, bias, mask, slopes_batch, bias_batch, bias_head, bias_row, bias_key,
-    mask_batch, mask_head, mask_row, mask_key, scale, softcap, left, right,
-):  # fmt: skip
-    """Those of a call, for a tile of rows of sequence number ``b``."""
-    if slopes is not None:
-        slopes = tl.load(slopes + b * slopes_batch + rows.head, mask=rows.inside, other=0.0) * LOG2E
-    if bias is not None:
-        bias = row_pointers(bias, b, rows, bias_batch, bias_head, bias_row)
-    if mask is not None:
-        mask = row_pointers(mask, b, rows, mask_batch, mask_head, mask_row)
-    return Modifiers(scale, softcap, slopes, bias, bias_key, mask, mask_key, left, right)
 
 
 @triton.jit
@@ -241,21 +232,17 @@ def query_range(first_key, seq, left, right, BLOCK_M: tl.constexpr, BLOCK_N: tl.
 
 @triton.jit
 def dropout_of(b, nheads, rows, rng_state, threshold):
-    """The key of a call from ``rng_state (2,)`` int64, seed and offset; None without it."""
-    dropout = None
-    if rng_state is not None:
-        offset = tl.load(rng_state + 1).to(tl.uint64, bitcast=True)
-        zero = tl.zeros([], tl.uint32)
-        low, high, _, _ = tl.philox(
-            tl.load(rng_state).to(tl.uint64, bitcast=True),
-            (offset & 0xFFFFFFFF).to(tl.uint32),
-            (offset >> 32).to(tl.uint32),
-            zero,
-            zero + DROPOUT_DOMAIN,
-        )
-        head = (b * nheads + rows.head).to(tl.uint32)
-        dropout = Dropout(low, high, threshold.to(tl.uint32, bitcast=True), head)
-    return dropout
+    """The key of a call from ``rng_state (2,)`` int64, seed and offset."""
+    offset = tl.load(rng_state + 1).to(tl.uint64, bitcast=True)
+    zero = tl.zeros([], tl.uint32)
+    low, high, _, _ = tl.philox(
+        tl.load(rng_state).to(tl.uint64, bitcast=True),
+        (offset & 0xFFFFFFFF).to(tl.uint32),
+        (offset >> 32).to(tl.uint32),
+        zero,
+        zero + DROPOUT_DOMAIN,
+    )
+    return Dropout(low, high, threshold.to(tl.uint32, bitcast=True), (b * nheads + rows.head).to(tl.uint32))
 
 
 @triton.jit
