@@ -33,12 +33,17 @@ class Penalties(NamedTuple):
 
 
 class Dense(NamedTuple):
-    """What one row has for every token; each may be None."""
+    """What the rows have for every token; each pointer may be None. A kernel makes it: Triton 3.6 returns no None."""
 
-    counts: tl.tensor  # pointer to (vocab,) int32, how often it has written each
+    row: tl.tensor
+    counts: tl.tensor  # pointer to (batch, vocab) int32, how often a row has written each
     prompt: tl.tensor  # to bytes, 1 = it has read it
     bias: tl.tensor  # to float32 or float64
     allowed: tl.tensor  # to bytes, 1 = may be drawn; or to int32 words, a bit each
+    counts_row: tl.tensor  # strides
+    prompt_row: tl.tensor
+    bias_row: tl.tensor
+    allowed_row: tl.tensor
 
 
 class Listed(NamedTuple):
@@ -57,20 +62,6 @@ def penalties_of(row, repetition, presence, frequency, repetition_row, presence_
         tl.load(presence + row * presence_row),
         tl.load(frequency + row * frequency_row),
     )
-
-
-@triton.jit
-def dense_of(row, counts, prompt, bias, allowed, counts_row, prompt_row, bias_row, allowed_row):
-    """The row's part of each tensor that there is."""
-    if counts is not None:
-        counts = counts + row * counts_row
-    if prompt is not None:
-        prompt = prompt + row * prompt_row
-    if bias is not None:
-        bias = bias + row * bias_row
-    if allowed is not None:
-        allowed = allowed + row * allowed_row
-    return Dense(counts, prompt, bias, allowed)
 
 
 @triton.jit
@@ -100,10 +91,12 @@ def marked(dense, ids, inside):
     count = tl.zeros_like(ids).to(tl.int32)
     is_seen = count > 0
     if dense.counts is not None:
-        count = tl.load(dense.counts + ids, mask=inside, other=0)
+        count = tl.load(dense.counts + dense.row * dense.counts_row + ids, mask=inside, other=0)
         is_seen = count > 0
     if dense.prompt is not None:
-        is_seen = is_seen | (tl.load(dense.prompt + ids, mask=inside, other=0) != 0)
+        is_seen = is_seen | (
+            tl.load(dense.prompt + dense.row * dense.prompt_row + ids, mask=inside, other=0) != 0
+        )
     return is_seen, count
 
 
@@ -112,7 +105,7 @@ def dense_bias(dense, ids, inside):
     """(BLOCK,) float64."""
     bias = tl.zeros_like(ids).to(tl.float64)
     if dense.bias is not None:
-        bias = tl.load(dense.bias + ids, mask=inside, other=0.0).to(tl.float64)
+        bias = tl.load(dense.bias + dense.row * dense.bias_row + ids, mask=inside, other=0.0).to(tl.float64)
     return bias
 
 
@@ -121,11 +114,12 @@ def is_allowed(dense, ids, inside, PACKED: tl.constexpr):
     """(BLOCK,) bool."""
     allowed = inside
     if dense.allowed is not None:
+        line = dense.allowed + dense.row * dense.allowed_row
         if PACKED:
-            word = tl.load(dense.allowed + ids // 32, mask=inside, other=0)
+            word = tl.load(line + ids // 32, mask=inside, other=0)
             allowed = (word >> (ids % 32).to(tl.int32)) & 1 != 0
         else:
-            allowed = tl.load(dense.allowed + ids, mask=inside, other=0) != 0
+            allowed = tl.load(line + ids, mask=inside, other=0) != 0
     return allowed
 
 
@@ -156,7 +150,7 @@ def edit_kernel(
     penalties = penalties_of(
         row, repetition, presence, frequency, repetition_row, presence_row, frequency_row
     )
-    dense = dense_of(row, counts, prompt, bias, allowed, counts_row, prompt_row, bias_row, allowed_row)
+    dense = Dense(row, counts, prompt, bias, allowed, counts_row, prompt_row, bias_row, allowed_row)
     ids = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = ids < vocab
     is_seen, count = marked(dense, ids, inside)
@@ -229,7 +223,7 @@ def edit_listed_kernel(
     penalties = penalties_of(
         row, repetition, presence, frequency, repetition_row, presence_row, frequency_row
     )
-    dense = dense_of(row, counts, prompt, bias, allowed, counts_row, prompt_row, bias_row, allowed_row)
+    dense = Dense(row, counts, prompt, bias, allowed, counts_row, prompt_row, bias_row, allowed_row)
     seen = None
     if seen_ids is not None:
         seen = Listed(
