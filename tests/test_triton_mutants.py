@@ -106,7 +106,7 @@ MUTANTS = {
         "test_triton_sampling.py::test_a_row_that_has_no_token_is_minus_one_and_harms_nobody",
     ),
     "tokens of the prompt count as unseen": Mutant(
-        "sampling_edits.py", "is_seen = is_seen | (tl.load(dense.prompt", "is_seen = is_seen & (tl.load(dense.prompt",
+        "sampling_edits.py", "is_seen = is_seen | (", "is_seen = is_seen & (",
         "test_triton_sampling_edits.py::test_penalties_per_row[dense]",
     ),
     "presence of tokens never written": Mutant(
