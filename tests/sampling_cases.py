@@ -162,3 +162,29 @@ class Case:
                 ]
             )
         )
+
+
+def rows_that_edits_break(vocab: int) -> SamplingArgs:
+    """NaN and +inf after the edits, nothing left, two ids that are none, NaN that is not allowed; then two sound rows.
+
+    The first of the two has +inf that is not allowed.
+    """
+    logits = torch.randn(8, vocab)
+    ids, values = torch.full((8, 3), -1), torch.zeros(8, 3)
+    allowed = torch.ones(8, vocab).bool()
+    ids[0, 1], values[0, 1] = vocab - 1, math.nan
+    ids[1, 0], values[1, 0] = 17, INF
+    allowed[2] = False
+    ids[3, 2], ids[4, 0] = vocab, -2
+    logits[5, 3], allowed[5, 3] = math.nan, False
+    logits[6, 4], allowed[6, 4] = INF, False
+    return sampling_args(logits, seeds=1, logit_bias=(ids, values), allowed=allowed)
+
+
+def rows_without_a_softmax(vocab: int) -> SamplingArgs:
+    """NaN, +inf that is not allowed, nothing finite; then a row that edits empty, which has one, and a sound one."""
+    logits = torch.randn(5, vocab)
+    logits[0, 3], logits[1, 4], logits[2] = math.nan, INF, -INF
+    allowed = torch.ones(5, vocab).bool()
+    allowed[1, 4], allowed[3] = False, False
+    return sampling_args(logits, seeds=1, allowed=allowed, logprobs=2)

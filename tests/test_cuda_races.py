@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import thread_sanitizer
 from simt.emulator import compile_units, link
 from simt.mutants import MUTANTS, UNITS_OF
 from simt.races import CALLS, FLAGS, OPTIONS
@@ -34,10 +35,7 @@ CORE = list(PLANTED)[:2]
 
 @pytest.fixture(scope="module")
 def runtime() -> str:
-    path = subprocess.run(["g++", "-print-file-name=libtsan.so"], capture_output=True, text=True).stdout
-    if "/" not in path:
-        pytest.skip("the compiler has no ThreadSanitizer runtime (libtsan.so)")
-    return path.strip()
+    return thread_sanitizer.runtime()
 
 
 @pytest.fixture(scope="module")
@@ -50,15 +48,7 @@ def run(runtime: str, module: Path, *families: str) -> subprocess.CompletedProce
     """The families' calls, ended at the first race."""
     call = [sys.executable, "tests/simt/sanitized.py", str(module), *families]
     environment = {"LD_PRELOAD": runtime, "TSAN_OPTIONS": OPTIONS, "OMP_NUM_THREADS": "1"}
-    for prefix in (
-        [],
-        ["setarch", "--addr-no-randomize"],
-    ):  # where addresses are more random than TSan's map allows
-        done = subprocess.run([*prefix, *call], env=os.environ | environment, cwd=ROOT,
-                              capture_output=True, text=True, timeout=600)  # fmt: skip
-        if "unexpected memory mapping" not in done.stderr:
-            break
-    return done
+    return thread_sanitizer.run(call, os.environ | environment, str(ROOT), 600)
 
 
 def test_no_races(runtime, healthy, cuda_bindings, tmp_path):

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
-import math
-
 import pytest
 import torch
-from sampling_cases import INF, PARAMETERS, WHICH, Case, filter_combinations, sampling_args
+from sampling_cases import (
+    INF,
+    PARAMETERS,
+    WHICH,
+    Case,
+    filter_combinations,
+    rows_that_edits_break,
+    rows_without_a_softmax,
+    sampling_args,
+)  # fmt: skip
 from test_cuda_sampling import check, rows_of
 
 from fastattn import TokenCounts
@@ -175,17 +182,9 @@ def test_logprobs_are_those_of_the_logits_as_they_came(machine):
 
 def test_rows_that_edits_break(machine):
     """NaN and +inf after the edits, nothing left, an id that is none; NaN although it is not allowed."""
-    logits = torch.randn(8, 5000)
-    ids, values = torch.full((8, 3), -1), torch.zeros(8, 3)
-    good = machine.sample(sampling_args(logits, seeds=1, logit_bias=(ids, values)))
-    allowed = torch.ones(8, 5000).bool()
-    ids[0, 1], values[0, 1] = 4999, math.nan
-    ids[1, 0], values[1, 0] = 17, INF
-    allowed[2] = False
-    ids[3, 2], ids[4, 0] = 5000, -2
-    logits[5, 3], allowed[5, 3] = math.nan, False
-    logits[6, 4], allowed[6, 4] = INF, False
-    args = sampling_args(logits, seeds=1, logit_bias=(ids, values), allowed=allowed)
+    args = rows_that_edits_break(5000)
+    ids, values = (x[7:] for x in args.edits.logit_bias)
+    good = machine.sample(sampling_args(args.logits[7:], seeds=1, logit_bias=(ids, values)))
     expected = [
         -4,
         -5,
@@ -193,8 +192,8 @@ def test_rows_that_edits_break(machine):
         -4,
         -4,
         -4,
-        cpu.sample(sampling_args(logits[6:], seeds=1, allowed=allowed[6:]))[0][0],
-        good[7],
+        cpu.sample(sampling_args(args.logits[6:], seeds=1, allowed=args.edits.allowed[6:]))[0][0],
+        good[0],
     ]
     assert machine.sample(args).tolist() == expected
     kept = machine.survivors(args._replace(survivors=True))
@@ -204,14 +203,10 @@ def test_rows_that_edits_break(machine):
 
 def test_logprobs_of_rows_without_a_softmax(machine):
     """+inf that is not allowed may be drawn around, but has no softmax; a row that edits empty still has one."""
-    logits = torch.randn(5, 300)
-    logits[0, 3], logits[1, 4], logits[2] = math.nan, INF, -INF
-    allowed = torch.ones(5, 300).bool()
-    allowed[1, 4], allowed[3] = False, False
-    args = sampling_args(logits, seeds=1, allowed=allowed, logprobs=2)
+    args = rows_without_a_softmax(300)
     tokens, (logprobs, ids, best) = machine.sample_with_logprobs(args)
     assert machine.faults() == {}, machine.report()
-    healthy = reference.sample(sampling_args(logits[3:], seeds=1, logprobs=2))
+    healthy = reference.sample(sampling_args(args.logits[3:], seeds=1, logprobs=2))
     assert tokens.tolist() == [-4, -2, -6, -6, healthy[0][1]]
     assert logprobs.isnan().tolist() == [True] * 4 + [False]
     assert (ids[:3] == -1).all()

@@ -14,6 +14,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import thread_sanitizer
 
 ROOT = Path(__file__).resolve().parents[1]
 FLAGS = ["-std=gnu++17", "-O1", "-g1", "-fsanitize=thread", "-ffp-contract=off", "-w", "-pthread"]
@@ -29,9 +30,7 @@ def compiled(source: str, target: Path, *flags: str) -> Path:
 @pytest.fixture(scope="module")
 def programs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of ``kernels`` and of its variants with a planted bug: ``no_turns``, ``shared_scratch``."""
-    runtime = subprocess.run(["g++", "-print-file-name=libtsan.so"], capture_output=True, text=True).stdout
-    if "/" not in runtime:
-        pytest.skip("the compiler has no ThreadSanitizer runtime (libtsan.so)")
+    thread_sanitizer.runtime()
     folder = tmp_path_factory.mktemp("tsan")
     races = compiled("tests/tsan/races.cpp", folder / "races.o")
     scratch = compiled("csrc/cpu/scratch.cpp", folder / "scratch.o")
@@ -46,16 +45,8 @@ def programs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run(program: Path, part: str) -> subprocess.CompletedProcess[str]:
     """One part of the harness, ended at the first race."""
-    call = [str(program), part]
-    for prefix in (
-        [],
-        ["setarch", "--addr-no-randomize"],
-    ):  # where addresses are more random than TSan's map allows
-        done = subprocess.run([*prefix, *call], env={"TSAN_OPTIONS": "halt_on_error=1", "PATH": "/usr/bin:/bin"},
-                              capture_output=True, text=True, timeout=120)  # fmt: skip
-        if "unexpected memory mapping" not in done.stderr:
-            break
-    return done
+    environment = {"TSAN_OPTIONS": "halt_on_error=1", "PATH": "/usr/bin:/bin"}
+    return thread_sanitizer.run([str(program), part], environment)
 
 
 @pytest.mark.parametrize("part", ["forward", "decode", "backward"])

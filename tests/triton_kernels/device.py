@@ -8,14 +8,12 @@ races, and in the interpreter, whose bfloat16 is wrong and is left out.
 from __future__ import annotations
 
 import os
-from copy import copy
 from importlib.util import find_spec
 from typing import Any
 
 import pytest
 import torch
-
-from fastattn import TokenCounts
+from nested import map_tensors
 
 if find_spec("triton") is None:
     pytest.skip("triton is not installed", allow_module_level=True)
@@ -29,22 +27,11 @@ DTYPES = [torch.float32, torch.float16] if INTERPRETED else [torch.float32, torc
 
 
 def there(x: Any) -> Any:
-    """Tensors, also those in a dict, a tuple or ``TokenCounts``, on the device that kernels run on; strides stay."""
-    if DEVICE == "cpu":
-        return x
-    if isinstance(x, dict):
-        return {name: there(value) for name, value in x.items()}
-    if isinstance(x, tuple):
-        items = [there(value) for value in x]
-        return type(x)(*items) if hasattr(x, "_fields") else tuple(items)
-    if isinstance(x, TokenCounts):
-        moved = copy(x)
-        moved.ids, moved.counts, moved.lengths, moved.unseen = map(
-            there, (x.ids, x.counts, x.lengths, x.unseen)
-        )
-        return moved
-    if not isinstance(x, torch.Tensor):
-        return x
+    """The tensors of a call's arguments, on the device that kernels run on; strides stay."""
+    return x if DEVICE == "cpu" else map_tensors(x, moved)
+
+
+def moved(x: torch.Tensor) -> torch.Tensor:
     if x.requires_grad:
         return x.to(DEVICE)
     base = torch.empty(0, dtype=x.dtype).set_(x.untyped_storage())

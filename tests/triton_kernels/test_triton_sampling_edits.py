@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-import math
-
 import pytest
 import torch
 from device import DTYPES, INTERPRETED, there
-from sampling_cases import INF, PARAMETERS, WHICH, Case, sampling_args
+from sampling_cases import (
+    INF,
+    PARAMETERS,
+    WHICH,
+    Case,
+    rows_that_edits_break,
+    rows_without_a_softmax,
+    sampling_args,
+)  # fmt: skip
 
 from fastattn import TokenCounts
 from fastattn.backends import cpu, reference, reference_sampling, triton
@@ -175,17 +181,9 @@ def test_logprobs_are_those_of_the_logits_as_they_came():
 
 def test_rows_that_edits_break():
     """NaN and +inf after the edits, nothing left, an id that is none; NaN although it is not allowed."""
-    logits = torch.randn(8, 130)
-    ids, values = torch.full((8, 3), -1), torch.zeros(8, 3)
-    allowed = torch.ones(8, 130).bool()
-    ids[0, 1], values[0, 1] = 129, math.nan
-    ids[1, 0], values[1, 0] = 17, INF
-    allowed[2] = False
-    ids[3, 2], ids[4, 0] = 130, -2
-    logits[5, 3], allowed[5, 3] = math.nan, False
-    logits[6, 4], allowed[6, 4] = INF, False
-    args = sampling_args(logits, seeds=1, logit_bias=(ids, values), allowed=allowed)
-    whole = args._replace(logits=logits[6:], edits=sampling_args(logits[6:], allowed=allowed[6:]).edits)
+    args = rows_that_edits_break(130)
+    logits, allowed = args.logits[6:], args.edits.allowed[6:]
+    whole = sampling_args(logits, seeds=1, allowed=allowed)
     assert triton.sample(there(args))[0].tolist() == [-1] * 6 + cpu.sample(whole)[0].tolist()
     kept = triton.survivors(there(args._replace(survivors=True)))
     assert kept.any(1).tolist() == [False] * 6 + [True] * 2
@@ -205,13 +203,9 @@ def test_an_id_that_is_none_beside_listed_counts():
 
 def test_logprobs_of_rows_without_a_softmax():
     """+inf that is not allowed may be drawn around, but has no softmax; a row that edits empty still has one."""
-    logits = torch.randn(5, 100)
-    logits[0, 3], logits[1, 4], logits[2] = math.nan, INF, -INF
-    allowed = torch.ones(5, 100).bool()
-    allowed[1, 4], allowed[3] = False, False
-    args = sampling_args(logits, seeds=1, allowed=allowed, logprobs=2)
+    args = rows_without_a_softmax(100)
     tokens, (logprobs, ids, best) = there_and_back(args)
-    healthy = reference.sample(sampling_args(logits[3:], seeds=1, logprobs=2))
+    healthy = reference.sample(sampling_args(args.logits[3:], seeds=1, logprobs=2))
     assert tokens.tolist() == [-1, -1, -1, -1, healthy[0][1]]
     assert logprobs.isnan().tolist() == [True] * 4 + [False]
     assert (ids[:3] == -1).all()
