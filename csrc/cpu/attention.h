@@ -161,9 +161,10 @@ void decode(const AttentionParams& p, int64_t rows, int nthreads) {
   Forward<Vec, Kernel>(p, rows, heads, nthreads).run();
 }
 
-template <class Vec, class Dot>
+template <class Products>
 void tile(const AttentionParams& p, int64_t rows, int nthreads) {
-  using Kernel = ForwardTile<Vec, Dot>;
+  using Vec = typename Products::Vec;
+  using Kernel = ForwardTile<Products>;
   // Smaller items where there would be too few of them to keep the threads evenly busy.
   int64_t per_item = Kernel::max_rows(p);
   while (per_item > Kernel::kStrip && p.batch * p.nheads_k * ceil_div(rows, per_item) < kItemsPerThread * nthreads)
@@ -177,10 +178,19 @@ void attention_in(const AttentionParams& p) {
   const int64_t rows = p.seqlen_q * (p.nheads / p.nheads_k);
   const int64_t work = rows * p.batch * p.nheads_k * p.kv.seqlen * (p.headdim + p.headdim_v);
   const int nthreads = work < kSerialWork ? 1 : p.nthreads;
-  constexpr int64_t kFewRows = DecodeRows<Vec, typename Vec::Real, Dot>::kMaxRows;
-  if (rows > kFewRows || p.dropout_p > 0) return tile<Vec, Dot>(p, rows, nthreads);
+  constexpr int64_t kFewRows = DecodeRows<Vec, typename Vec::Real, NoDot>::kMaxRows;
+  const bool many = rows > kFewRows || p.dropout_p > 0;
+  if constexpr (sizeof(typename Vec::Real) == 4 && Dot::kPhases == 1)
+    if (scores_by_dot<Vec, Dot>(p)) {
+      if (!many) return decode<Vec, bf16_t, Dot>(p, rows, nthreads);
+      if constexpr (Dot::kTiles)
+        return tile<TileProducts<Vec, Dot>>(p, rows, nthreads);
+      else
+        return tile<WordProducts<Vec, Dot>>(p, rows, nthreads);
+    }
+  if (many) return tile<RealProducts<Vec>>(p, rows, nthreads);
   visit_kv_storage<typename Vec::Real>(
-      p.kv.dtype, [&](auto tag) { decode<Vec, typename decltype(tag)::type, Dot>(p, rows, nthreads); });
+      p.kv.dtype, [&](auto tag) { decode<Vec, typename decltype(tag)::type, NoDot>(p, rows, nthreads); });
 }
 
 // Dot multiplies bf16 by bf16, if the ISA can: tile_gemm.h.

@@ -39,6 +39,7 @@ class Backward {
     turns_ = next + 1;
     const int64_t columns = heads_ / (joined_sequences_ * joined_heads_);
     parallel_for(columns * blocks_, nthreads_, [&](int64_t) {
+      [[maybe_unused]] const typename Words::Registers registers;
       const int64_t item = __atomic_fetch_add(next, 1, __ATOMIC_RELAXED);
       run_item(item / columns, item % columns);
     });
@@ -114,8 +115,11 @@ template <class Vec, class VecDouble, class Dot>
 void attention_backward(const AttentionBackwardParams& b) {
   if (b.fwd.batch == 0) return;
   if (b.fwd.dtype == DType::f64) return Backward<VecDouble, RealWords<VecDouble>>(b).run();
-  if constexpr (Dot::kPhases == 1)
+  if constexpr (Dot::kTiles) {
+    if (scores_by_dot<Vec, Dot>(b.fwd)) return Backward<Vec, TileWords<Vec, Dot>>(b).run();
+  } else if constexpr (Dot::kPhases == 1) {
     if (scores_by_dot<Vec, Dot>(b.fwd) && b.fast_bf16_dot) return Backward<Vec, Bf16Words<Vec, Dot>>(b).run();
+  }
   Backward<Vec, RealWords<Vec>>(b).run();
 }
 

@@ -50,6 +50,16 @@ class Delta {
       Real a[Vec::kLanes * Vec::kLanes], b[Vec::kLanes * Vec::kLanes];
       transpose(dout, d, dims, a);
       transpose(out, d, dims, b);
+      const auto row = [](const Real* words, int64_t i) { return Vec::load(words + i * Vec::kLanes); };
+      if constexpr (Words::kTiles) {
+        Vec even = Vec::zero(), odd = Vec::zero();
+        for (int64_t i = 0; i < ceil_div(dims, Words::kPerWord); ++i) {
+          even = fma(Vec::even_bf16(row(a, i)), Vec::even_bf16(row(b, i)), even);
+          odd = fma(Vec::odd_bf16(row(a, i)), Vec::odd_bf16(row(b, i)), odd);
+        }
+        total = total + (even + odd);
+        continue;
+      }
       for (int64_t i = 0; i < ceil_div(dims, Words::kPerWord); ++i)
         chain =
             Product::multiply_add(Product::row(a + i * Vec::kLanes, 0), Product::row(b + i * Vec::kLanes, 0), chain);

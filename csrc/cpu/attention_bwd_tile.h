@@ -21,8 +21,8 @@ template <class Vec, class Words>
 class BackwardTile {
  public:
   using Real = typename Vec::Real;
-  static constexpr int kStripVecs = Vec::kTileVecs;
-  static constexpr int kStrip = kStripRows<Vec>;  // rows whose scores are alive at a time
+  static constexpr int kStripVecs = Words::kStripVecs;
+  static constexpr int kStrip = Words::kStrip;  // rows whose scores are alive at a time
 
   static int64_t block_keys(const AttentionParams& p) { return Layout(p).keys; }
   static int64_t reals(const AttentionParams& p) { return Layout(p).total; }
@@ -41,15 +41,17 @@ class BackwardTile {
         memory_(memory) {
     const KVHead k_head{p_.kv.k, p_.kv.k_scale, p_.kv, sequence.keys, head_k, p_.headdim};
     const KVHead v_head{p_.kv.v, p_.kv.v_scale, p_.kv, sequence.keys, head_k, p_.headdim_v};
-    Words::pack_keys(k_head, first_key, keys, layout_.ldk, k(), k_pairs());
-    Words::pack_keys(v_head, first_key, keys, layout_.ldv, v(), nullptr);
+    Words::pack_keys(k_head, first_key, keys, layout_.ldk, k(), k_pairs(), layout_.keys);
+    Words::pack_keys(v_head, first_key, keys, layout_.ldv, v(), nullptr, layout_.keys);
     clear(dk(), round_up(keys, kBlockK) * layout_.ldk);
     clear(dv(), round_up(keys, kBlockK) * layout_.ldv);
   }
 
   // What a strip of at most kStrip rows contributes: dK and dV are added to, dQ waits for store_rows().
   void add_rows(const RowBlock& rows) {
-    const Strip strip{rows, static_cast<int>(ceil_div(rows.rows, Vec::kLanes)), rows.first_row + rows.rows - 1,
+    // Tile registers multiply whole tiles of rows: those past the end weigh nothing.
+    const int vecs = Words::kTiles ? kStripVecs : static_cast<int>(ceil_div(rows.rows, Vec::kLanes));
+    const Strip strip{rows, vecs, rows.first_row + rows.rows - 1,
                       ScoreModifiers<Vec>(p_, sequence_, rows, memory_ + layout_.modifiers),
                       Dropout<Vec>(p_, sequence_, rows, memory_ + layout_.dropout)};
     Words::visit_rows(p_.dtype, [&](auto tag) { pack_rows<typename decltype(tag)::type>(strip); });
@@ -91,7 +93,7 @@ class BackwardTile {
  private:
   static constexpr int kPer = Words::kPerWord;
   static constexpr int kTileWords = kBlockK * kStrip / kPer;
-  static constexpr int kKeyStep = 16;  // ranges of keys are whole register tiles
+  static constexpr int kKeyStep = Words::kKeyStep;
   static_assert(kKeyStep % Vec::kLanes == 0, "whole squares");
   static_assert(kKeyStep % Vec::kTileCols == 0 && kKeyStep % OuterTile<Vec>::cols(1) == 0, "whole register tiles");
 
@@ -149,7 +151,7 @@ class BackwardTile {
   static constexpr int64_t kMaxKeys = 256;
 
   Real* k() const { return memory_ + layout_.k; }              // (keys, ldk), words along the dimensions
-  Real* k_pairs() const { return memory_ + layout_.k_pairs; }  // (keys, ldk), words along the keys
+  Real* k_pairs() const { return memory_ + layout_.k_pairs; }  // (keys, ldk), words along the keys, or its transpose
   Real* v() const { return memory_ + layout_.v; }              // (keys, ldv), words along the dimensions
   Real* dk() const { return memory_ + layout_.dk; }            // (keys, ldk)
   Real* dv() const { return memory_ + layout_.dv; }            // (keys, ldv)
@@ -203,7 +205,7 @@ class BackwardTile {
     if (cover == Cover::none) return;
     const int64_t columns = round_up(keys, kKeyStep), local = key - first_key_;
     const Real* dropped = strip.dropout.on() ? extra() : weights();
-    visit_number<kStripVecs>(strip.vecs, [&](auto number) {
+    const auto meet = [&](auto number) {
       constexpr int kVecs = decltype(number)::value;
       weigh<kVecs>(strip, k() + local * layout_.ldk / kPer, key, keys, columns, cover);
       differentiate<kVecs>(strip, v() + local * layout_.ldv / kPer, key, keys, columns);
@@ -211,10 +213,15 @@ class BackwardTile {
       if (p_.softcap > 0) uncap<kVecs>(keys);
       const Real* prob = Words::template along_rows<kVecs>(dropped, columns, words(0));
       const Real* dscore = Words::template along_rows<kVecs>(dscores(), columns, words(1));
-      add_inner<Vec, Words, kVecs>(Words::template along_keys<kVecs>(dscores(), dscore, columns, words(2)),
-                                   k_pairs() + local / kPer * layout_.ldk, layout_.ldk, p_.headdim, columns, dq());
+      add_inner<Words, kVecs>(Words::template along_keys<kVecs>(dscores(), dscore, columns, words(2)),
+                              k_pairs() + Words::pairs_at(local, layout_.ldk, layout_.keys),
+                              Words::pairs_ld(layout_.ldk, layout_.keys), p_.headdim, columns, dq());
       add_dkv(strip, key, columns, prob, dscore);
-    });
+    };
+    if constexpr (Words::kTiles)
+      meet(Number<kStripVecs>{});
+    else
+      visit_number<kStripVecs>(strip.vecs, meet);
   }
 
   // dV += P^T dO, dK += dS^T Q
@@ -225,8 +232,8 @@ class BackwardTile {
       return RowRange{at_least(0, first), last + 1};
     };
     Real *own_dk = dk() + (key - first_key_) * layout_.ldk, *own_dv = dv() + (key - first_key_) * layout_.ldv;
-    add_outer<Vec, Words>(prob, dout(), layout_.ldv, p_.headdim_v, columns, own_dv, rows_of);
-    add_outer<Vec, Words>(dscore, q(), layout_.ldk, p_.headdim, columns, own_dk, rows_of);
+    add_outer<Words>(prob, dout(), layout_.ldv, p_.headdim_v, columns, own_dv, rows_of);
+    add_outer<Words>(dscore, q(), layout_.ldk, p_.headdim, columns, own_dk, rows_of);
   }
 
   // weights = P
@@ -242,7 +249,7 @@ class BackwardTile {
     // At most 1, also where lse comes from elsewhere: exp2 ends at 2^126.
     const auto weight = [&](Vec score, int vec) { return exp2(min(Vec::zero(), score - high[vec] - low[vec])); };
     const auto multiply = [&](auto finish) __attribute__((always_inline)) {
-      score_products<Vec, Words, kVecs>(q_t(), block_k, layout_.ldk / kPer, p_.headdim, columns, weights(), finish);
+      score_products<Words, kVecs>(q_t(), block_k, layout_.ldk / kPer, p_.headdim, columns, weights(), finish);
     };
     const bool modified = strip.modifiers.any(cover);
     const bool edge = visibility_.end(strip.rows.first_row) < key + columns || visibility_.begin(strip.last_row) > key;
@@ -258,7 +265,7 @@ class BackwardTile {
       return multiply([&](int64_t j, int vec, Vec product) { return visible_weight(j, vec, scaled(product)); });
     multiply([&](int64_t, int, Vec product) { return scaled(product); });
     strip.modifiers.apply_tile(weights(), kStrip, 0, kVecs, key, keys, cover, p_.softcap > 0 ? extra() : nullptr);
-    for_tile<Vec, kVecs>(columns, [&](int64_t j, int vec, int64_t at) {
+    for_tile<Words, kVecs>(columns, [&](int64_t j, int vec, int64_t at) {
       visible_weight(j, vec, Vec::load(weights() + at)).store(weights() + at);
     });
   }
@@ -283,18 +290,17 @@ class BackwardTile {
     Vec delta_of[kVecs];
     for (int i = 0; i < kVecs; ++i) delta_of[i] = Vec::load(delta() + i * Vec::kLanes);
     const auto multiply = [&](auto finish) __attribute__((always_inline)) {
-      score_products<Vec, Words, kVecs>(dout_t(), block_v, layout_.ldv / kPer, p_.headdim_v, columns, dscores(),
-                                        finish);
+      score_products<Words, kVecs>(dout_t(), block_v, layout_.ldv / kPer, p_.headdim_v, columns, dscores(), finish);
     };
     if (!strip.dropout.on())
       return multiply([&](int64_t j, int vec, Vec dprob) {
         return Vec::load(weights() + j * kStrip + vec * Vec::kLanes) * (dprob - delta_of[vec]);
       });
     multiply([](int64_t, int, Vec dprob) { return dprob; });
-    for_tile<Vec, kVecs>(columns, [&](int64_t, int, int64_t at) { Vec::load(weights() + at).store(extra() + at); });
+    for_tile<Words, kVecs>(columns, [&](int64_t, int, int64_t at) { Vec::load(weights() + at).store(extra() + at); });
     strip.dropout.apply_tile(dscores(), kStrip, 0, kVecs, key, keys, extra());
     const Vec scale = Vec::set1(Dropout<Vec>::scale(p_));
-    for_tile<Vec, kVecs>(columns, [&](int64_t, int vec, int64_t at) {
+    for_tile<Words, kVecs>(columns, [&](int64_t, int vec, int64_t at) {
       const Vec dprob = Vec::load(dscores() + at) * scale;
       (Vec::load(weights() + at) * (dprob - delta_of[vec])).store(dscores() + at);
     });
@@ -303,7 +309,7 @@ class BackwardTile {
   // From the gradient of the capped score to that of K Q^T.
   template <int kVecs>
   void uncap(int64_t keys) {
-    for_tile<Vec, kVecs>(keys, [&](int64_t, int, int64_t at) {
+    for_tile<Words, kVecs>(keys, [&](int64_t, int, int64_t at) {
       (Vec::load(dscores() + at) * Vec::load(extra() + at)).store(dscores() + at);
     });
   }
@@ -321,7 +327,7 @@ class BackwardTile {
   template <int kVecs>
   void add_dbias(const Strip& strip, int64_t key, int64_t keys) {
     if (has_bias_per_row())
-      return for_tile<Vec, kVecs>(keys, [&](int64_t, int vec, int64_t at) {
+      return for_tile<Words, kVecs>(keys, [&](int64_t, int vec, int64_t at) {
         Real* sum = sums() + vec * Vec::kLanes;
         (Vec::load(sum) + Vec::load(dscores() + at)).store(sum);
       });

@@ -5,6 +5,10 @@
 // a block's end the running (max, sum, out) is rescaled; at a chunk's end it is merged into the total, in order. A
 // block that a row does not see changes nothing in it, to the bit. So a query's bits depend on its own keys and their
 // number only: not on which kernel served it, the other queries, the batch or the threads.
+//
+// bf16 on tile registers (Dot::kTiles, simd/amx.h) sums otherwise, and the decode kernel does as they do: of every 32
+// dimensions one chain over the even and one over the odd, their sum added to the score; of every 32 keys the same,
+// added to the output, with probabilities rounded to bf16.
 #pragma once
 
 #include <cstdint>
@@ -120,7 +124,14 @@ inline void finalize(const AttentionParams& p, const Sequence& sequence, const W
 }
 
 // How scores are multiplied. Everywhere in Real, scale and log2(e) inside q; but where q and k are bf16 and the ISA has
-// a dot product of bf16 pairs (Dot::kPhases == 1), a step takes two dimensions, exactly, and the score is scaled.
+// a dot product of bf16 pairs (Dot::kPhases == 1), a step takes two dimensions, exactly, and the score is scaled. Where
+// it multiplies whole tiles of them (Dot::kTiles), probabilities and values are multiplied so, too.
+struct NoDot {
+  struct Rounding {};
+  static constexpr int kPhases = 2;
+  static constexpr bool kTiles = false;
+};
+
 template <class Vec, class Dot>
 inline bool scores_by_dot(const AttentionParams& p) {
   return sizeof(typename Vec::Real) == 4 && Dot::kPhases == 1 && p.dtype == DType::bf16 && p.kv.dtype == DType::bf16;
@@ -133,6 +144,12 @@ inline Vec load_words(const bf16_t* row, int64_t n) {
   bf16_t padded[2 * Vec::kLanes] = {};
   memcpy(padded, row, static_cast<size_t>(n) * sizeof(bf16_t));
   return Vec::load(reinterpret_cast<const float*>(padded));
+}
+
+// Words of two vectors of widened bf16, low in the lower half.
+template <class Vec>
+inline Vec pair_words(Vec low, Vec high) {
+  return Vec::from_bits(as_bits(low) >> 16 | as_bits(high));
 }
 
 // The first n elements of a row as computed with, `scale` (of int8) times, the others zero.

@@ -2,8 +2,9 @@
 //
 // Keys fill the lanes for the scores: squares of kLanes keys by kLanes dimensions are transposed in registers, once for
 // all rows. Dimensions fill the lanes for the values. Nothing is packed, and the arithmetic's order is that of
-// attention_common.h. Heads that lie next to each other in the cache are served together, a granule of tokens at a
-// time, so that memory is read in the order in which it lies.
+// attention_common.h, or where tile registers serve many rows (kLikeTiles) that of Dot::multiply. Heads that lie next
+// to each other in the cache are served together, a granule of tokens at a time, so that memory is read in the order in
+// which it lies.
 #pragma once
 
 #include <cstring>
@@ -46,23 +47,24 @@ class DecodeRows {
         rows_(item.rows),
         ldq_(round_up(p.headdim, Vec::kLanes)),
         modified_(p.softcap > 0 || p.bias.data || p.alibi_slopes || p.mask.data),
-        dots_(scores_by_dot<Vec, Dot>(p)),
         q_(memory),
         s_(q_ + rows_ * heads_ * ldq_),
         modifiers_(s_ + rows_ * heads_ * kBlockK) {
     visit_storage<Real>(p.dtype, [&](auto tag) {
       using Q = typename decltype(tag)::type;
-      const Vec scale = Vec::set1(static_cast<Real>(p.softmax_scale * kLog2e));
-      if constexpr (kHasDot && IsBf16<Q>::value)
-        if (dots_) return load_queries<Q>(2, [](const Q* row, int64_t n) { return load_words<Vec>(row, n); });
-      load_queries<Q>(1, [scale](const Q* row, int64_t n) {
-        return load_scaled<Vec>(row, static_cast<int>(at_most(kLanes, n)), nullptr) * scale;
-      });
+      const Vec scale = kHasDot ? Vec::set1(1) : score_scale();
+      if constexpr (kHasDot && !kLikeTiles && IsBf16<Q>::value)
+        load_queries<Q>(2, [](const Q* row, int64_t n) { return load_words<Vec>(row, n); });
+      else
+        load_queries<Q>(1, [scale](const Q* row, int64_t n) {
+          return load_scaled<Vec>(row, static_cast<int>(at_most(kLanes, n)), nullptr) * scale;
+        });
     });
   }
 
   // Attend keys [begin, end), of which begin starts a block: the state is overwritten, row-major, head after head.
   void attend(int64_t begin, int64_t end, const SoftmaxState<Real>& state) {
+    [[maybe_unused]] const typename Dot::Rounding rounding;
     state.clear(heads_ * rows_);
     end = at_most(end, visibility_.end(rows_ - 1));
     begin = at_least(begin, visibility_.begin(0) / kBlockK * kBlockK);
@@ -98,10 +100,14 @@ class DecodeRows {
   static constexpr int kLanes = Vec::kLanes;
   static constexpr int kGroups = kBlockK >= 2 * kLanes ? 2 : 1;  // key vectors in flight: one alone is one long chain
   static constexpr int kGranule = kGroups * kLanes;              // keys
-  static constexpr int kValueVecs = Vec::kTileCols / 2 > 1 ? Vec::kTileCols / 2 : 1;  // by 4 rows of accumulators
   // bf16 is read two dimensions to a 32-bit word: half the loads, half the transposing, a shift or a mask to widen.
-  static constexpr bool kPairs = IsBf16<T>::value && kValueVecs % 2 == 0;
+  static constexpr bool kPairs = IsBf16<T>::value && Vec::kTileCols % 4 == 0;
   static constexpr bool kHasDot = kPairs && Dot::kPhases == 1;
+  static constexpr bool kLikeTiles = kHasDot && Dot::kTiles;
+  static constexpr int kChain = kLikeTiles ? kMaxHeaddim : kScoreChain;  // tile registers hold a score to its end
+  // By 4 rows of accumulators, of which there are two, for even and for odd keys, where it is done as tiles do it.
+  static constexpr int kTileValueVecs = Vec::kTileCols / (kLikeTiles ? 4 : 2);
+  static constexpr int kValueVecs = kTileValueVecs > 1 ? kTileValueVecs : 1;
   static constexpr int kSquareDims = kPairs ? 2 * kLanes : kLanes;
   // So that a granule at work fetches a granule.
   static constexpr int kVecBytes = kLanes * static_cast<int>(sizeof(T));
@@ -160,37 +166,36 @@ class DecodeRows {
   template <int kRows>
   void score_rows(int64_t h, int64_t r, int64_t key, const Granules& k, int from, Prefetch* ahead) {
     const Real* q = q_ + (h * rows_ + r) * ldq_;
-    if constexpr (kHasDot)
-      if (dots_) {
-        const Vec scale = Vec::set1(static_cast<Real>(p_.softmax_scale * kLog2e));
-        return score_chains<kRows>(
-            h, r, from, ceil_div(p_.headdim, 2),
-            [&](int64_t begin, int64_t end, Vec(&sum)[kGroups][kRows]) {
-              dot_chain<kRows>(h, k, from, begin, end, q, sum, ahead);
-            },
-            [scale](Vec x) { return x * scale; });
-      }
+    const Vec scale = score_scale();
+    const int64_t steps = kHasDot && !kLikeTiles ? ceil_div(p_.headdim, 2) : p_.headdim;
     score_chains<kRows>(
-        h, r, from, p_.headdim,
+        h, r, from, steps,
         [&](int64_t begin, int64_t end, Vec(&sum)[kGroups][kRows]) {
-          fma_chain<kRows>(h, key, k, from, begin, end, q, sum, ahead);
+          if constexpr (kLikeTiles)
+            tile_chain<kRows>(h, k, from, q, sum, ahead);
+          else if constexpr (kHasDot)
+            dot_chain<kRows>(h, k, from, begin, end, q, sum, ahead);
+          else
+            fma_chain<kRows>(h, key, k, from, begin, end, q, sum, ahead);
         },
-        [](Vec x) { return x; });
+        [scale](Vec x) { return kHasDot ? x * scale : x; });
   }
 
-  // Scores of a granule in chains of kScoreChain steps; chain(begin, end, sum) adds its part.
+  Vec score_scale() const { return Vec::set1(static_cast<Real>(p_.softmax_scale * kLog2e)); }
+
+  // Scores of a granule in chains of kChain steps; chain(begin, end, sum) adds its part.
   template <int kRows, class Chain, class Scale>
   inline __attribute__((always_inline)) void score_chains(int64_t h, int64_t r, int from, int64_t steps, Chain&& chain,
                                                           Scale&& scaled) {
     Real* s = s_ + (h * rows_ + r) * kBlockK + from;
-    for (int64_t begin = 0; begin < steps; begin += kScoreChain) {
-      const bool last = begin + kScoreChain >= steps;
+    for (int64_t begin = 0; begin < steps; begin += kChain) {
+      const bool last = begin + kChain >= steps;
       Vec sum[kGroups][kRows];
 #pragma GCC unroll 2
       for (int g = 0; g < kGroups; ++g)
 #pragma GCC unroll 4
         for (int i = 0; i < kRows; ++i) sum[g][i] = Vec::zero();
-      chain(begin, last ? steps : begin + kScoreChain, sum);
+      chain(begin, last ? steps : begin + kChain, sum);
 #pragma GCC unroll 2
       for (int g = 0; g < kGroups; ++g)
 #pragma GCC unroll 4
@@ -246,6 +251,49 @@ class DecodeRows {
       }
   }
 
+  // Transposed words [w, w + kLanes) of a group's keys: a vector of keys for each two dimensions.
+  inline __attribute__((always_inline)) void load_square(int64_t head, const T* const* rows, int64_t w,
+                                                         Vec (&square)[kLanes]) const {
+    if (2 * (w + kLanes) <= p_.headdim) {
+#pragma GCC unroll 16
+      for (int i = 0; i < kLanes; ++i) square[i] = Vec::load(reinterpret_cast<const float*>(rows[i] + head + 2 * w));
+    } else {
+      for (int i = 0; i < kLanes; ++i)
+        square[i] = load_words<Vec>(reinterpret_cast<const bf16_t*>(rows[i] + head + 2 * w), p_.headdim - 2 * w);
+    }
+    Vec::transpose(square);
+  }
+
+  // The same as tile registers do it, from the first to the last dimension.
+  template <int kRows>
+  inline __attribute__((always_inline)) void tile_chain(int64_t h, const Granules& k, int from, const Real* q,
+                                                        Vec (&sum)[kGroups][kRows], Prefetch* ahead) {
+    const int64_t head = h * p_.kv.k.stride_head;
+    for (int64_t d = 0; d < p_.headdim; d += kSquareDims)
+#pragma GCC unroll 2
+      for (int g = 0; g < kGroups; ++g) {
+        Vec square[kLanes];
+        load_square(head, k.row + from + g * kLanes, d / 2, square);
+        Vec part[2][kRows];
+#pragma GCC unroll 4
+        for (int r = 0; r < kRows; ++r) part[0][r] = part[1][r] = Vec::zero();
+        const auto add_word = [&](int i) __attribute__((always_inline)) {
+          add_products(Vec::even_bf16(square[i]), q + (d + 2 * i) * kRows, part[0]);
+          add_products(Vec::odd_bf16(square[i]), q + (d + 2 * i + 1) * kRows, part[1]);
+        };
+        if (d + kSquareDims <= p_.headdim) {
+#pragma GCC unroll 16
+          for (int i = 0; i < kLanes; ++i) add_word(i);
+        } else {
+          for (int i = 0; d + 2 * i < p_.headdim; ++i) add_word(i);
+        }
+#pragma GCC unroll 4
+        for (int r = 0; r < kRows; ++r) sum[g][r] = sum[g][r] + (part[0][r] + part[1][r]);
+        if (ahead) ahead->lines(kLinesPerSquare);
+        keep_nothing();
+      }
+  }
+
   // The same by dot products, for words [w, end) of two dimensions.
   template <int kRows>
   inline __attribute__((always_inline)) void dot_chain(int64_t h, const Granules& k, int from, int64_t w, int64_t end,
@@ -254,17 +302,8 @@ class DecodeRows {
     for (; w < end; w += kLanes)
 #pragma GCC unroll 2
       for (int g = 0; g < kGroups; ++g) {
-        const T* const* rows = k.row + from + g * kLanes;
         Vec square[kLanes];
-        if (2 * (w + kLanes) <= p_.headdim) {
-#pragma GCC unroll 16
-          for (int i = 0; i < kLanes; ++i)
-            square[i] = Vec::load(reinterpret_cast<const float*>(rows[i] + head + 2 * w));
-        } else {
-          for (int i = 0; i < kLanes; ++i)
-            square[i] = load_words<Vec>(reinterpret_cast<const bf16_t*>(rows[i] + head + 2 * w), p_.headdim - 2 * w);
-        }
-        Vec::transpose(square);
+        load_square(head, k.row + from + g * kLanes, w, square);
 #pragma GCC unroll 16
         for (int i = 0; i < kLanes; ++i) {
           const auto word = (typename Dot::Factor)square[i].r;
@@ -316,6 +355,12 @@ class DecodeRows {
     for (int i = 0; i < kBlockK; ++i)
       for (int r = 0; r < kRows; ++r) sum[r] += all[r * kBlockK + i];
     for (int r = 0; r < kRows; ++r) state.sum[h * rows_ + first + r] = sum[r];
+    if constexpr (kLikeTiles)
+      for (int i = 0; i < kRows * kBlockK; i += kLanes) {
+        bf16_t rounded[kLanes];
+        Dot::put(Vec::load(all + i), reinterpret_cast<float*>(rounded), 0);
+        Vec::load(rounded).store(all + i);
+      }
   }
 
   // o = o * scale + p v for a granule of keys of head h; without scale o = o + p v.
@@ -356,15 +401,20 @@ class DecodeRows {
   inline __attribute__((always_inline)) void value_tile(const Tile& t, int64_t d, int dims) {
     const int64_t at = t.h * p_.kv.v.stride_head + d;
     const int end = static_cast<int>(at_most(t.v->keys, t.from + kGranule));
-    Vec sum[kRows][kVecs];
+    const auto before = [&](int i, int j) {
+      const Vec o = Vec::load(t.o + i * t.ldo + d + j * kLanes);
+      return t.scale ? o * Vec::set1(t.scale[i]) : o;
+    };
+    constexpr int kParts = kLikeTiles ? 2 : 1;
+    Vec sum[kParts][kRows][kVecs];
 #pragma GCC unroll 4
     for (int i = 0; i < kRows; ++i)
 #pragma GCC unroll 4
       for (int j = 0; j < kVecs; ++j) {
-        sum[i][j] = Vec::load(t.o + i * t.ldo + d + j * kLanes);
-        if (t.scale) sum[i][j] = sum[i][j] * Vec::set1(t.scale[i]);
+        sum[0][i][j] = kLikeTiles ? Vec::zero() : before(i, j);
+        if constexpr (kLikeTiles) sum[1][i][j] = Vec::zero();
       }
-    for (int key = t.from; key < end; ++key) {
+    const auto add_key = [&](int key, Vec(&part)[kRows][kVecs]) __attribute__((always_inline)) {
       const T* line = t.v->row[key] + at;
       Vec row[kVecs];
 #pragma GCC unroll 4
@@ -379,13 +429,21 @@ class DecodeRows {
 #pragma GCC unroll 4
       for (int i = 0; i < kRows; ++i)
 #pragma GCC unroll 4
-        for (int j = 0; j < kVecs; ++j) sum[i][j] = fma(Vec::set1(t.p[i * kBlockK + key]), row[j], sum[i][j]);
+        for (int j = 0; j < kVecs; ++j) part[i][j] = fma(Vec::set1(t.p[i * kBlockK + key]), row[j], part[i][j]);
       if (t.ahead && key % kPrefetchKeys == 0) t.ahead->lines(kPrefetchKeys * kVecs * kVecBytes / 64);
+    };
+    for (int key = t.from; key < end; key += kParts) {
+      add_key(key, sum[0]);
+      if constexpr (kLikeTiles)
+        if (key + 1 < end) add_key(key + 1, sum[1]);
     }
 #pragma GCC unroll 4
     for (int i = 0; i < kRows; ++i)
 #pragma GCC unroll 4
-      for (int j = 0; j < kVecs; ++j) sum[i][j].store(t.o + i * t.ldo + d + j * kLanes);
+      for (int j = 0; j < kVecs; ++j) {
+        if constexpr (kLikeTiles) sum[0][i][j] = before(i, j) + (sum[0][i][j] + sum[1][i][j]);
+        sum[0][i][j].store(t.o + i * t.ldo + d + j * kLanes);
+      }
   }
 
   void sort_dims(const SoftmaxState<Real>& state) const {
@@ -409,7 +467,6 @@ class DecodeRows {
   const WorkItem item_;
   const int64_t heads_, rows_, ldq_;
   const bool modified_;
-  const bool dots_;
   Real* const q_;          // (heads, passes, ldq, rows of the pass), times softmax_scale * log2(e); or words
   Real* const s_;          // (heads, rows, kBlockK)
   Real* const modifiers_;  // ScoreModifiers' own

@@ -47,6 +47,23 @@ inline void pack_words(const KVHead& x, int64_t first_key, int keys, float* tile
   for (int64_t i = keys * ld; i < kBlockK * ld; i += Vec::kLanes) Vec::zero().store(tile + i);
 }
 
+// Values transposed, (dim, kBlockK / 2) words of two keys: squares of kLanes pairs of keys by kLanes dimensions.
+template <class Vec>
+inline void pack_word_columns(const KVHead& x, int64_t first_key, int keys, float* tile, int64_t ld) {
+  const KeyRows<const bf16_t> rows(x.view, x.kv, x.span, x.head);
+  for (int pair = 0; pair < kBlockK / 2; pair += Vec::kLanes)
+    for (int64_t d = 0; d < x.dim; d += Vec::kLanes) {
+      const int dims = static_cast<int>(at_most(Vec::kLanes, x.dim - d));
+      const auto values = [&](int key) {
+        return key < keys ? load_scaled<Vec>(rows[first_key + key] + d, dims, nullptr) : Vec::zero();
+      };
+      Vec square[Vec::kLanes];
+      for (int i = 0; i < Vec::kLanes; ++i) square[i] = pair_words(values(2 * (pair + i)), values(2 * (pair + i) + 1));
+      Vec::transpose(square);
+      for (int i = 0; i < Vec::kLanes; ++i) square[i].store(tile + (d + i) * ld + pair);
+    }
+}
+
 // Where the rows of a block's keys are, in the first head; keys past the end repeat the last one.
 template <class T, int kGranule>
 struct KeyGranules {

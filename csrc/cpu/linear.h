@@ -25,6 +25,8 @@ constexpr int64_t kSerialMultiplies = int64_t{1} << 17;  // below, waking thread
 // one rounds less, and lets kTileCols rows of x stay in L1 while the panels stream past.
 template <class Vec>
 struct Fp32Product : FmaProduct<Vec> {
+  using Registers = NoRegisters;
+  static constexpr bool kTiles = false;
   static constexpr bool kRoundsX = false;
   static constexpr int64_t kMaxChainWords = 320;
 };
@@ -34,7 +36,9 @@ template <class Vec>
 struct WidenBf16Product {
   using Scalar = float;
   using Factor = Vec;
+  using Registers = NoRegisters;
   static constexpr int kPhases = 2;
+  static constexpr bool kTiles = false;
   static Factor row(const float* words, int phase) {
     const Vec pairs = Vec::load(words);
     return phase == 0 ? Vec::even_bf16(pairs) : Vec::odd_bf16(pairs);
@@ -68,8 +72,10 @@ class LinearLayer {
 
  private:
   using Scalar = typename Product::Scalar;
-  static constexpr int kVecs = Vec::kTileVecs, kCols = Vec::kTileCols, kLanes = Vec::kLanes;
-  static constexpr int64_t kPanel = PanelLayout<Vec>::kPanel;
+  using Layout = PanelLayout<Vec, Product>;
+  static constexpr int kVecs = Vec::kTileVecs, kLanes = Vec::kLanes;
+  static constexpr int kCols = Product::kTiles ? 2 * kLanes : Vec::kTileCols;  // tokens at a time
+  static constexpr int64_t kPanel = Layout::kPanel;
 
   // Some tokens: their x as the product reads it, and where their results go.
   struct Rows {
@@ -84,8 +90,9 @@ class LinearLayer {
     const float* x = p_.x + token * p_.stride_x;
     float* out = p_.out + token * p_.stride_out;
     if constexpr (Product::kRoundsX) {
-      const int64_t in = p_.in_features, ldx = round_up(in, kLanes) * Product::kPhases / 2;
-      const size_t bytes = static_cast<size_t>(tokens * ldx) * sizeof(Scalar);
+      const int64_t in = p_.in_features, features = round_up(in, Product::kTiles ? 2 * kLanes : kLanes);
+      const int64_t ldx = features * Product::kPhases / 2;
+      const size_t bytes = static_cast<size_t>(round_up(tokens, kCols) * ldx) * sizeof(Scalar);
       Scalar* rounded = static_cast<Scalar*>(thread_scratch(ScratchSlot::kShared, bytes));
       constexpr int64_t kStep = 32;  // tokens per item
       parallel_for(ceil_div(tokens, kStep), nthreads, [&](int64_t item) {
@@ -95,7 +102,8 @@ class LinearLayer {
           Scalar* to = rounded + i * ldx;
           int64_t f = 0;
           for (; f + kLanes <= in; f += kLanes) Product::put(Vec::load(row + f), to, f);
-          if (f < in) Product::put(Vec::load_n(row + f, static_cast<int>(in - f)), to, f);
+          for (; f < features; f += kLanes)
+            Product::put(Vec::load_n(row + f, static_cast<int>(at_least(0, in - f))), to, f);
         }
       });
       return {rounded, ldx, out, tokens};
@@ -116,9 +124,16 @@ class LinearLayer {
       const int64_t end = first + run < layout_.panels ? first + run : layout_.panels;
       const Rows part{rows.x + token * rows.ldx, rows.ldx, rows.out + token * p_.stride_out,
                       rows.tokens - token < step ? rows.tokens - token : step};
+      // Of a few tokens no more than they are is loaded and multiplied: sums and x are in the first four registers.
+      [[maybe_unused]] const typename Product::Registers registers(at_most(kLanes, part.tokens));
       for (int64_t panel = first; panel < end; ++panel)
         for (int64_t word = 0; word < layout_.words; word += chain_)
-          for (int64_t tile = 0; tile * kCols < part.tokens; ++tile) multiply_tile<kCols>({panel, word, tile}, part);
+          for (int64_t tile = 0; tile * kCols < part.tokens; ++tile) {
+            if constexpr (Product::kTiles)
+              multiply_in_registers({panel, word, tile}, part);
+            else
+              multiply_tile<kCols>({panel, word, tile}, part);
+          }
     });
   }
 
@@ -128,48 +143,86 @@ class LinearLayer {
     int64_t tile;  // of kCols tokens
   };
 
-  // One chain of up to kTokens tokens, added to what the chains before left in out.
+  // Some words of a panel, and where the sums over them belong.
+  struct Chain {
+    Chain(const LinearLayer& layer, const Place& at, const Rows& rows)
+        : bias(layer.p_.weights + at.panel * layer.layout_.panel_floats()),
+          words(bias + (1 + at.word) * kPanel),
+          depth(at_most(layer.chain_, layer.layout_.words - at.word)),
+          out(rows.out + at.panel * kPanel),
+          stride_out(layer.p_.stride_out),
+          outputs(layer.p_.out_features - at.panel * kPanel),
+          tile(at.tile),
+          tiles(ceil_div(rows.tokens, kCols)),
+          first(at.word == 0) {}
+
+    // To the bias, or to what the chains before left in out.
+    void add(int64_t token, int vec, Vec sum) const {
+      float* to = out + token * stride_out + vec * kLanes;
+      const int64_t left = outputs - vec * kLanes;
+      if (left >= kLanes) {
+        (sum + Vec::load(first ? bias + vec * kLanes : to)).store(to);
+      } else if (left > 0) {
+        const int n = static_cast<int>(left);
+        (sum + Vec::load_n(first ? bias + vec * kLanes : to, n)).store_n(to, n);
+      }
+    }
+
+    // While a chain's weights serve one tile after the other, each tile fetches its share of the next chain's, which
+    // follow in memory: every so many steps, the words of one step. Past the last chain nothing is read, only
+    // prefetched.
+    auto prefetch() const {
+      return [next = reinterpret_cast<const char*>(words) + depth * kPanel * 4, tiles = tiles,
+              steps_to_fetch = tile + 1](int64_t i) mutable {
+        if (--steps_to_fetch > 0) return;
+        steps_to_fetch = tiles;
+        for (int64_t byte = 0; byte < kPanel * 4; byte += 64) __builtin_prefetch(next + i * kPanel * 4 + byte, 0, 2);
+      };
+    }
+
+    const float* bias;
+    const float* words;
+    int64_t depth;
+    float* out;
+    int64_t stride_out, outputs;
+    int64_t tile, tiles;
+    bool first;
+  };
+
+  // One chain of up to kTokens tokens.
   template <int kTokens>
   void multiply_tile(const Place& at, const Rows& rows) const {
     const int64_t token = at.tile * kCols;
     if constexpr (kTokens > 1)
       if (rows.tokens - token < kTokens) return multiply_tile<kTokens - 1>(at, rows);
-    const float* bias = p_.weights + at.panel * layout_.panel_floats();
-    const float* words = bias + (1 + at.word) * kPanel;
-    const int64_t depth = layout_.words - at.word < chain_ ? layout_.words - at.word : chain_;
-    float* out = rows.out + token * p_.stride_out + at.panel * kPanel;
-    const int64_t outputs = p_.out_features - at.panel * kPanel;
-
-    // While a chain's weights serve one tile after the other, each tile fetches its share of the next chain's, which
-    // follow in memory: every so many steps, the words of one step. Past the last chain nothing is read, only
-    // prefetched.
-    const int64_t tiles = ceil_div(rows.tokens, kCols);
-    const char* next = reinterpret_cast<const char*>(words) + depth * kPanel * 4;
-    int64_t steps_to_fetch = at.tile + 1;
-    const auto fetch = [&](int64_t i) {
-      if (--steps_to_fetch > 0) return;
-      steps_to_fetch = tiles;
-      for (int64_t byte = 0; byte < kPanel * 4; byte += 64) __builtin_prefetch(next + i * kPanel * 4 + byte, 0, 2);
-    };
-    const auto finish = [&](int col, int vec, Vec sum) {
-      float* to = out + col * p_.stride_out + vec * kLanes;
-      const int64_t left = outputs - vec * kLanes;
-      if (left >= kLanes) {
-        const Vec before = at.word == 0 ? Vec::load(bias + vec * kLanes) : Vec::load(to);
-        (sum + before).store(to);
-      } else if (left > 0) {
-        const int n = static_cast<int>(left);
-        const Vec before = at.word == 0 ? Vec::load(bias + vec * kLanes) : Vec::load_n(to, n);
-        (sum + before).store_n(to, n);
-      }
-    };
+    const Chain chain(*this, at, rows);
     tile_gemm<Vec, kVecs, kTokens, Product>(
-        words, kPanel, rows.x + token * rows.ldx + at.word * Product::kPhases, rows.ldx, Product::kPhases, depth,
-        [](int, int) { return Vec::zero(); }, finish, fetch);
+        chain.words, kPanel, rows.x + token * rows.ldx + at.word * Product::kPhases, rows.ldx, Product::kPhases,
+        chain.depth, [](int, int) { return Vec::zero(); },
+        [&](int col, int vec, Vec sum) { chain.add(token + col, vec, sum); }, chain.prefetch());
+  }
+
+  // The same on tile registers.
+  void multiply_in_registers(const Place& at, const Rows& rows) const {
+    const int64_t token = at.tile * kCols, tokens = at_most(kCols, rows.tokens - token);
+    const Chain chain(*this, at, rows);
+    auto prefetch = chain.prefetch();
+    const auto before = [&](int64_t step) {
+      for (int64_t i = 0; i < kLanes; ++i) prefetch(step * kLanes + i);
+    };
+    alignas(64) float sums[kCols * kPanel];  // (tokens, kPanel)
+    const auto multiply = [&](auto tiles) {
+      Product::template multiply_block<decltype(tiles)::value, kVecs>(rows.x + token * rows.ldx + at.word, rows.ldx,
+                                                                      chain.words, kPanel, chain.depth / kLanes, sums,
+                                                                      kPanel, before);
+    };
+    tokens > kLanes ? multiply(Number<2>{}) : multiply(Number<1>{});
+    for (int64_t i = 0; i < tokens; ++i)
+      for (int vec = 0; vec < kVecs; ++vec) chain.add(token + i, vec, Vec::load(sums + i * kPanel + vec * kLanes));
   }
 
   const LinearParams& p_;
-  const PanelLayout<Vec> layout_;
+  const Layout layout_;
   const int64_t chain_;  // words
 };
 

@@ -3,7 +3,7 @@
 // Weights are packed as 32-bit words: one fp32, or two bf16 that are neighbours along in_features. A panel serves
 // kPanel outputs: kPanel biases, then, word by word along in_features, kPanel words side by side. So a vector load
 // meets as many outputs as it has lanes, and a panel, like the panels after each other, is one contiguous stream.
-// Outputs and features past the end are zero.
+// Outputs and features past the end are zero; where bf16 is multiplied in tiles, a panel has whole tiles of words.
 #pragma once
 
 #include <cstring>
@@ -15,12 +15,15 @@
 namespace fastattn {
 namespace {
 
-template <class Vec>
+// Bf16Product says how weights of bf16 will be multiplied.
+template <class Vec, class Bf16Product>
 struct PanelLayout {
   static constexpr int64_t kPanel = Vec::kLanes * Vec::kTileVecs;
 
   PanelLayout(int64_t in_features, int64_t out_features, DType dtype)
-      : words(dtype == DType::f32 ? in_features : ceil_div(in_features, 2)), panels(ceil_div(out_features, kPanel)) {}
+      : words(dtype == DType::f32 ? in_features
+                                  : round_up(ceil_div(in_features, 2), Bf16Product::kTiles ? Vec::kLanes : 1)),
+        panels(ceil_div(out_features, kPanel)) {}
 
   int64_t panel_floats() const { return (words + 1) * kPanel; }
 
@@ -28,9 +31,9 @@ struct PanelLayout {
   int64_t panels;
 };
 
-template <class Vec>
+template <class Vec, class Bf16Product>
 int64_t packed_linear_floats(int64_t in_features, int64_t out_features, DType dtype) {
-  const PanelLayout<Vec> layout(in_features, out_features, dtype);
+  const PanelLayout<Vec, Bf16Product> layout(in_features, out_features, dtype);
   return layout.panels * layout.panel_floats();
 }
 
@@ -52,10 +55,11 @@ void pack_square(const PackLinearParams& p, int64_t output, int64_t word, int64_
   for (int i = 0; i < words; ++i) square[i].store(packed + i * ld);
 }
 
-template <class Vec>
+template <class Vec, class Bf16Product>
 void pack_linear(const PackLinearParams& p) {
-  constexpr int64_t kPanel = PanelLayout<Vec>::kPanel, kLanes = Vec::kLanes;
-  const PanelLayout<Vec> layout(p.in_features, p.out_features, p.dtype);
+  using Layout = PanelLayout<Vec, Bf16Product>;
+  constexpr int64_t kPanel = Layout::kPanel, kLanes = Vec::kLanes;
+  const Layout layout(p.in_features, p.out_features, p.dtype);
   parallel_for(layout.panels, p.nthreads, [&](int64_t panel) {
     float* packed = p.packed + panel * layout.panel_floats();
     for (int64_t i = 0; i < kPanel; ++i) {

@@ -14,6 +14,7 @@ namespace fastattn {
 namespace {
 
 bool can_run(const std::string& name, const CpuFeatures& cpu) {
+  if (name == "avx512_amx") return cpu.amx_bf16;
   if (name == "avx512_bf16") return cpu.avx512_bf16;
   if (name == "avx512") return cpu.avx512;
   if (name == "avx2") return cpu.avx2;

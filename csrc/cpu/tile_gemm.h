@@ -24,6 +24,11 @@ struct FmaProduct {
   static Vec multiply_add(Factor row, Factor col, Vec c) { return fma(row, col, c); }
 };
 
+// What a product needs beyond a processor's usual registers, while it is alive: nothing. See simd/amx.h.
+struct NoRegisters {
+  explicit NoRegisters(int64_t = 0) {}
+};
+
 struct NoStep {
   void operator()(int64_t) const {}
 };

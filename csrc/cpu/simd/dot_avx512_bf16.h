@@ -2,6 +2,7 @@
 #pragma once
 
 #include "cpu/simd/vec_avx512.h"
+#include "cpu/tile_gemm.h"
 
 namespace fastattn {
 namespace {
@@ -11,6 +12,9 @@ struct DotBf16Product {
   using Scalar = float;  // two bf16 of x that are neighbours along the depth
   using Factor = __m512bh;
   static constexpr int kPhases = 1;
+  static constexpr bool kTiles = false;
+  using Registers = NoRegisters;
+  struct Rounding {};  // of sums: as always
   static Factor row(const float* words, int) { return (Factor)_mm512_loadu_ps(words); }
   static Factor col(const Scalar* pair, int) { return (Factor)_mm512_set1_ps(*pair); }
   static VecAvx512 multiply_add(Factor row, Factor col, VecAvx512 c) { return {_mm512_dpbf16_ps(c.r, row, col)}; }
