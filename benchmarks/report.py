@@ -104,12 +104,27 @@ def odds_and_ends(kinds: dict[str, list[Row]]) -> list[str]:
     return [*lines, ""] if lines else []
 
 
+def by_kind(rows: list[Row]) -> dict[str, list[Row]]:
+    """The rows of each kind of work, in their order."""
+    kinds: dict[str, list[Row]] = {}
+    for row in rows:
+        kinds.setdefault(row["kind"], []).append(row)
+    return kinds
+
+
+def bandwidths(record: Row) -> str:
+    """The lowest and the highest that were read, in GB/s."""
+    return " to ".join(dict.fromkeys(f"{limit / 1e9:.0f}" for limit in record["read_bandwidth"]))
+
+
+def grids(kinds: dict[str, list[Row]]) -> list[str]:
+    """A table for every kind of work that has one."""
+    return [line for kind, layout in GRIDS.items() if kind in kinds for line in grid(kinds[kind], *layout)]
+
+
 def attention_table(record: Row) -> list[str]:
     """One table per kind of work, and the plot."""
-    kinds: dict[str, list[Row]] = {}
-    for row in record["rows"]:
-        kinds.setdefault(row["kind"], []).append(row)
-    bandwidth = " to ".join(dict.fromkeys(f"{limit / 1e9:.0f}" for limit in record["read_bandwidth"]))
+    kinds, bandwidth = by_kind(record["rows"]), bandwidths(record)
     lines = [
         "![Share of the machine's limit by shape, fastattn and torch SDPA](benchmarks/results/attention.svg)",
         "",
@@ -118,9 +133,7 @@ def attention_table(record: Row) -> list[str]:
         f"{bandwidth} GB/s read bandwidth, measured in turn with every row.",
         "",
     ]
-    for kind, layout in GRIDS.items():
-        if kind in kinds:
-            lines += grid(kinds[kind], *layout)
+    lines += grids(kinds)
     lines += odds_and_ends(kinds)
     if taken := sum(row.get("free_cores", 1.0) < 0.9 for row in record["rows"]):
         lines += [
@@ -130,6 +143,17 @@ def attention_table(record: Row) -> list[str]:
     for skipped in record["skipped"]:
         lines.append(f"Not measured: {skipped['kind']}, {skipped['row']}: {skipped['reason']}.")
     return [*lines, *([""] if record["skipped"] else []), footnote(record["environment"])]
+
+
+def amx_table(record: Row) -> list[str]:
+    """The rows of another machine, one whose bf16 runs on tile registers."""
+    kinds, bandwidth = by_kind(record["rows"]), bandwidths(record)
+    lines = [
+        "The same on a CPU with AMX, where bf16 runs on tile registers, ours and SDPA's. Limits: "
+        f"{record['fma_peak'] / 1e9:.0f} GFLOP/s fp32 FMA peak, {bandwidth} GB/s read bandwidth.",
+        "",
+    ]
+    return [*lines, *grids(kinds), footnote(record["environment"])]
 
 
 def generate_table(record: Row) -> list[str]:
@@ -197,9 +221,7 @@ def models_table(record: Row) -> list[str]:
 
 def sampling_table(record: Row) -> list[str]:
     """Microseconds and reads of each work, the peers beside, and the other kinds a sentence each."""
-    kinds: dict[str, list[Row]] = {}
-    for row in record["rows"]:
-        kinds.setdefault(row["kind"], []).append(row)
+    kinds = by_kind(record["rows"])
     vocabularies = sorted({row["vocab"] for row in kinds["work"]})
     by_work: dict[str, dict[int, Row]] = {}
     for row in kinds["work"]:
@@ -289,7 +311,12 @@ def digest() -> str:
 
 
 TABLES = {
-    "README.md": {"attention": attention_table, "sampling": sampling_table, "generate": generate_table},
+    "README.md": {
+        "attention": attention_table,
+        "attention_amx": amx_table,
+        "sampling": sampling_table,
+        "generate": generate_table,
+    },
     "docs/drop-in.md": {"models": models_table},
     "docs/gpu.md": {"gpu_static": cuda_table, "cuda_mutants": mutants_table, "triton_static": triton_table},
 }

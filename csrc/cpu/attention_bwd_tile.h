@@ -52,8 +52,8 @@ class BackwardTile {
     // Tile registers multiply whole tiles of rows: those past the end weigh nothing.
     const int vecs = Words::kTiles ? kStripVecs : static_cast<int>(ceil_div(rows.rows, Vec::kLanes));
     const Strip strip{rows, vecs, rows.first_row + rows.rows - 1,
-                      ScoreModifiers<Vec>(p_, sequence_, rows, memory_ + layout_.modifiers),
-                      Dropout<Vec>(p_, sequence_, rows, memory_ + layout_.dropout)};
+                      ScoreModifiers<Vec>(p_, sequence_, rows, vecs * Vec::kLanes, memory_ + layout_.modifiers),
+                      Dropout<Vec>(p_, sequence_, rows, vecs * Vec::kLanes, memory_ + layout_.dropout)};
     Words::visit_rows(p_.dtype, [&](auto tag) { pack_rows<typename decltype(tag)::type>(strip); });
     clear(dq(), layout_.ldk * kStrip);
     clear(sums(), kStrip);

@@ -326,7 +326,7 @@ class DecodeRows {
   }
 
   void modify(int64_t h, int64_t key, int keys) {
-    const ScoreModifiers<Vec> modifiers(p_, sequence_, item_.block(h), modifiers_);
+    const ScoreModifiers<Vec> modifiers(p_, sequence_, item_.block(h), round_up(rows_, kLanes), modifiers_);
     for (int64_t r = 0; r < rows_; ++r) modifiers.apply_row(s_ + (h * rows_ + r) * kBlockK, r, key, keys);
   }
 

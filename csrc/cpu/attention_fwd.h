@@ -37,8 +37,8 @@ class ForwardTile {
         visibility_(p, sequence),
         layout_(p, item.rows),
         memory_(memory),
-        modifiers_(p, sequence, block_, memory + layout_.modifiers),
-        dropout_(p, sequence, block_, memory + layout_.dropout),
+        modifiers_(p, sequence, block_, layout_.vecs * Vec::kLanes, memory + layout_.modifiers),
+        dropout_(p, sequence, block_, layout_.vecs * Vec::kLanes, memory + layout_.dropout),
         k_head_{p.kv.k, p.kv.k_scale, p.kv, sequence.keys, item.head_k, p.headdim},
         v_head_{p.kv.v, p.kv.v_scale, p.kv, sequence.keys, item.head_k, p.headdim_v} {
     Products::visit_queries(p.dtype, [&](auto tag) { pack_queries<typename decltype(tag)::type>(); });

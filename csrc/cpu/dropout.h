@@ -18,15 +18,16 @@ class Dropout {
     return p.dropout_p > 0 ? 2 * round_up(rows, Vec::kLanes) : 0;
   }
 
-  Dropout(const AttentionParams& p, const Sequence& sequence, const RowBlock& block, Real* memory)
+  // For `rows` rows, whole vectors: those past the block's end repeat its last one.
+  Dropout(const AttentionParams& p, const Sequence& sequence, const RowBlock& block, int64_t rows, Real* memory)
       : key_(dropout_key(p.dropout_seed, p.dropout_offset)),
         threshold_(threshold(p.dropout_p)),
         on_(p.dropout_p > 0),
         queries_(reinterpret_cast<uint32_t*>(memory)),
-        heads_(queries_ + round_up(block.rows, Vec::kLanes)) {
+        heads_(queries_ + rows) {
     if (!on_) return;
     const Visibility visibility(p, sequence);
-    for (int64_t r = 0; r < round_up(block.rows, Vec::kLanes); ++r) {
+    for (int64_t r = 0; r < rows; ++r) {
       const int64_t row = block.first_row + at_most(block.rows - 1, r);
       queries_[r] = static_cast<uint32_t>(visibility.query(row));
       heads_[r] = static_cast<uint32_t>(sequence.batch * p.nheads + visibility.head(block, row));

@@ -24,17 +24,18 @@ class ScoreModifiers {
     return p.alibi_slopes ? 2 * round_up(rows, Vec::kLanes) : 0;
   }
 
-  ScoreModifiers(const AttentionParams& p, const Sequence& sequence, const RowBlock& block, Real* memory)
+  // For `rows` rows, whole vectors: those past the block's end repeat its last one.
+  ScoreModifiers(const AttentionParams& p, const Sequence& sequence, const RowBlock& block, int64_t rows, Real* memory)
       : p_(p),
         sequence_(sequence),
         visibility_(p, sequence),
         block_(block),
         cap_(static_cast<Real>(p.softcap * kLog2e)),
         slopes_(memory),
-        places_(memory + round_up(block.rows, Vec::kLanes)) {
+        places_(memory + rows) {
     if (!p.alibi_slopes) return;
     const Real* slopes = static_cast<const Real*>(p.alibi_slopes) + sequence.batch * p.alibi_stride_batch;
-    for (int64_t r = 0; r < round_up(block.rows, Vec::kLanes); ++r) {
+    for (int64_t r = 0; r < rows; ++r) {
       const int64_t row = row_at(r);
       slopes_[r] = slopes[visibility_.head(block, row)] * static_cast<Real>(kLog2e);
       places_[r] = static_cast<Real>(visibility_.query(row) + visibility_.offset);
