@@ -26,7 +26,6 @@ from rich.console import Console
 from rich.progress import Progress
 
 KINDS = ("forward", "training", "decode", "short", "overhead", "memory", "feature", "avx2")
-ATTEMPTS = 3  # for a row that somebody else disturbed
 
 
 def line(row: Row) -> str:
@@ -51,7 +50,9 @@ def chosen(found: list[Job], only: list[str], quick: bool) -> list[Job]:
     return [job for kind in only for job in [j for j in found if j.kind == kind][: 2 if quick else None]]
 
 
-def take(jobs: list[Job], line: Callable[[Row], str]) -> tuple[list[Row], list[dict[str, str]]]:
+def take(
+    jobs: list[Job], line: Callable[[Row], str], attempts: int
+) -> tuple[list[Row], list[dict[str, str]]]:
     """Every row, and the rows that could not be measured, with the reason."""
     skipped = []
     wait_for_quiet()
@@ -71,7 +72,7 @@ def take(jobs: list[Job], line: Callable[[Row], str]) -> tuple[list[Row], list[d
                 skipped.append({"kind": job.kind, "row": job.label, "reason": str(reason)})
                 progress.console.print(f"{name}: skipped, {reason}", highlight=False, soft_wrap=True)
                 done[name] = []
-            again = attempt < ATTEMPTS and any(disturbed(row) for row in done[name])
+            again = attempt < attempts and any(disturbed(row) for row in done[name])
             if again:
                 todo.append((job, attempt + 1))
             for row in done[name] if len(done[name]) == 1 else []:
@@ -81,10 +82,10 @@ def take(jobs: list[Job], line: Callable[[Row], str]) -> tuple[list[Row], list[d
     return [row for name in order for row in done[name]], skipped
 
 
-def bench_attention(options: Options, only: list[str]) -> dict[str, Any]:
+def bench_attention(options: Options, only: list[str], attempts: int) -> dict[str, Any]:
     """Attention, beside torch SDPA and the machine's limits."""
     start = environment()
-    taken, skipped = take(chosen(list(jobs(options)), only, options.quick), line)
+    taken, skipped = take(chosen(list(jobs(options)), only, options.quick), line, attempts)
     rows = [settle(row) for row in taken]
     return {
         "environment": {**start, "load_average_after": os.getloadavg()[0]},
@@ -94,10 +95,11 @@ def bench_attention(options: Options, only: list[str]) -> dict[str, Any]:
     }
 
 
-def bench_sampling(options: Options, only: list[str]) -> dict[str, Any]:
+def bench_sampling(options: Options, only: list[str], attempts: int) -> dict[str, Any]:
     """From logits to tokens, beside transformers, torch.topk and a partial sort."""
     start = environment()
-    rows, skipped = take(chosen(list(sampling_rows.jobs(options)), only, options.quick), sampling_rows.line)
+    found = chosen(list(sampling_rows.jobs(options)), only, options.quick)
+    rows, skipped = take(found, sampling_rows.line, attempts)
     return {
         "environment": {**start, "load_average_after": os.getloadavg()[0]},
         "rows": rows,
@@ -127,6 +129,9 @@ def main() -> None:
         "--only",
         help=f"of {', '.join(KINDS)}; sampling: of {', '.join(sampling_rows.KINDS)}; not with --save; models: rows",
     )
+    parser.add_argument(
+        "--attempts", type=int, default=3, help="for a row that others disturbed: attention, sampling"
+    )
     parser.add_argument("--quick", action="store_true", help="two rows per kind, two rounds; not with --save")
     parser.add_argument("--backend", default="cpu", help="another than cpu is not saved")
     args = parser.parse_args()
@@ -150,7 +155,9 @@ def main() -> None:
     elif args.what == "generate":
         record = bench_generate()
     else:
-        record = (bench_attention if args.what == "attention" else bench_sampling)(options, only)
+        record = (bench_attention if args.what == "attention" else bench_sampling)(
+            options, only, args.attempts
+        )
     if args.output or args.save:
         print("saved", save(args.output or RESULTS / f"{args.what}.json", record))
 
