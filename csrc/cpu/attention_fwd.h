@@ -24,7 +24,7 @@ class ForwardTile {
   static int64_t max_rows(const AttentionParams& p) {
     const int64_t dim = at_least(p.headdim, p.headdim_v);
     const int64_t target = dim <= 64 ? 384 : dim <= 128 ? 192 : dim <= 256 ? 96 : 48;
-    return round_up(target, kStrip);
+    return round_up(Products::kRowsFactor * target, kStrip);
   }
 
   static int64_t reals(const AttentionParams& p, int64_t rows, int64_t) { return Layout(p, rows).total; }

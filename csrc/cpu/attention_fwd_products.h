@@ -20,6 +20,7 @@ struct RealProducts {
   using Real = typename Vec::Real;
   using Registers = NoRegisters;
   static constexpr int kStripVecs = Vec::kTileVecs;
+  static constexpr int kRowsFactor = 1;
   static constexpr int kDimsPerStep = 1;
   static constexpr bool kScalesQueries = true;
   static constexpr int64_t kScoreReals = kBlockK * kStripVecs * Vec::kLanes;
@@ -138,7 +139,8 @@ template <class V, class Dot>
 struct TileProducts : WordProducts<V, Dot> {
   using Vec = V;
   using Registers = typename Dot::Registers;
-  static constexpr int kStripVecs = 2;  // two by two tiles share four loads
+  static constexpr int kStripVecs = 2;   // two by two tiles share four loads
+  static constexpr int kRowsFactor = 2;  // packing weighs more beside faster products, and these CPUs have L2s of 2 MiB
   static constexpr int64_t kTileReals = kBlockK * kStripVecs * Vec::kLanes;
   static constexpr int64_t kScoreReals = kTileReals + kTileReals / 2;  // scores, and words of probabilities
   static constexpr int kKeysPerWord = 2;
