@@ -112,9 +112,14 @@ def by_kind(rows: list[Row]) -> dict[str, list[Row]]:
     return kinds
 
 
-def bandwidths(record: Row) -> str:
-    """The lowest and the highest that were read, in GB/s."""
-    return " to ".join(dict.fromkeys(f"{limit / 1e9:.0f}" for limit in record["read_bandwidth"]))
+def disturbances(rows: list[Row]) -> list[str]:
+    """How many rows were measured while others were at work."""
+    taken = sum(row.get("free_cores", 1.0) < 0.9 for row in rows)
+    return (
+        [f"While {taken} of {len(rows)} rows were measured, somebody else had the cores.", ""]
+        if taken
+        else []
+    )
 
 
 def grids(kinds: dict[str, list[Row]]) -> list[str]:
@@ -124,7 +129,8 @@ def grids(kinds: dict[str, list[Row]]) -> list[str]:
 
 def attention_table(record: Row) -> list[str]:
     """One table per kind of work, and the plot."""
-    kinds, bandwidth = by_kind(record["rows"]), bandwidths(record)
+    kinds = by_kind(record["rows"])
+    bandwidth = " to ".join(dict.fromkeys(f"{limit / 1e9:.0f}" for limit in record["read_bandwidth"]))
     lines = [
         "![Share of the machine's limit by shape, fastattn and torch SDPA](benchmarks/results/attention.svg)",
         "",
@@ -135,11 +141,7 @@ def attention_table(record: Row) -> list[str]:
     ]
     lines += grids(kinds)
     lines += odds_and_ends(kinds)
-    if taken := sum(row.get("free_cores", 1.0) < 0.9 for row in record["rows"]):
-        lines += [
-            f"While {taken} of {len(record['rows'])} rows were measured, somebody else had the cores.",
-            "",
-        ]
+    lines += disturbances(record["rows"])
     for skipped in record["skipped"]:
         lines.append(f"Not measured: {skipped['kind']}, {skipped['row']}: {skipped['reason']}.")
     return [*lines, *([""] if record["skipped"] else []), footnote(record["environment"])]
@@ -147,13 +149,17 @@ def attention_table(record: Row) -> list[str]:
 
 def amx_table(record: Row) -> list[str]:
     """The rows of another machine, one whose bf16 runs on tile registers."""
-    kinds, bandwidth = by_kind(record["rows"]), bandwidths(record)
     lines = [
-        "The same on a CPU with AMX, where bf16 runs on tile registers, ours and SDPA's. Limits: "
-        f"{record['fma_peak'] / 1e9:.0f} GFLOP/s fp32 FMA peak, {bandwidth} GB/s read bandwidth.",
+        "The same on a CPU with AMX, where bf16 runs on tile registers, ours and SDPA's. Limit: "
+        f"{record['fma_peak'] / 1e9:.0f} GFLOP/s fp32 FMA peak.",
         "",
     ]
-    return [*lines, *grids(kinds), footnote(record["environment"])]
+    return [
+        *lines,
+        *grids(by_kind(record["rows"])),
+        *disturbances(record["rows"]),
+        footnote(record["environment"]),
+    ]
 
 
 def generate_table(record: Row) -> list[str]:
