@@ -169,9 +169,11 @@ class HopperConsumer {
   // S = Q K^T
   FASTATTN_DEVICE void multiply_keys(Scores& scores) {
     const uint32_t keys = shared_.keys(k_place_.stage);
+    uint32_t queries = queries_;
+    if constexpr (Policy::kModify) pin(queries);  // or its descriptors take registers all along
 #pragma unroll
     for (int k = 0; k < Traits::kDim / 16; ++k)
-      wgmma_rows<T>(scores[0], rows_operand<Traits::kGroupRows>(queries_, k), rows_operand<Traits::kKeys>(keys, k),
+      wgmma_rows<T>(scores[0], rows_operand<Traits::kGroupRows>(queries, k), rows_operand<Traits::kKeys>(keys, k),
                     k > 0);
     wgmma_commit();
   }

@@ -27,18 +27,20 @@ FASTATTN_DEVICE uint64_t matrix_descriptor(uint32_t address, uint32_t leading, u
 
 constexpr uint32_t kEightRows = 8 * WidePanels::kBytes;
 
+// Operands of one tile differ by a number added to its descriptor: no shared address carries out of the 14 bits.
+
 // Dimensions 16 k to 16 k + 15 of all rows of a tile: an operand whose rows are the product's.
 template <int kTileRows>
 FASTATTN_DEVICE uint64_t rows_operand(uint32_t tile, int k) {
   const uint32_t panel = static_cast<uint32_t>(k / 4 * kTileRows * WidePanels::kBytes);
-  return matrix_descriptor(tile + panel + static_cast<uint32_t>(k % 4 * 32), 16, kEightRows);
+  return matrix_descriptor(tile, 16, kEightRows) + (panel + static_cast<uint32_t>(k % 4 * 32)) / 16;
 }
 
 // Rows 16 k to 16 k + 15 of a tile with all their columns: an operand that the product sums over by rows.
 template <int kTileRows>
 FASTATTN_DEVICE uint64_t columns_operand(uint32_t tile, int k) {
-  return matrix_descriptor(tile + static_cast<uint32_t>(k) * 2 * kEightRows,
-                           static_cast<uint32_t>(kTileRows * WidePanels::kBytes), kEightRows);
+  return matrix_descriptor(tile, static_cast<uint32_t>(kTileRows * WidePanels::kBytes), kEightRows) +
+         static_cast<uint32_t>(k) * 2 * kEightRows / 16;
 }
 
 // kDim: the headdim, padded. One warpgroup copies, the others each own kGroupRows rows.
@@ -49,7 +51,7 @@ struct HopperTraits {
   static constexpr int kGroups = 2, kGroupRows = 64, kRows = kGroups * kGroupRows, kKeys = 128, kStages = 2;
   static constexpr int kBlockThreads = kThreads * (1 + kGroups);
   // Of a thread that copies and of one that multiplies, in eights: together what the block was launched with, 168 each.
-  // Pages are looked up by the threads that copy. So chosen, nothing spills but 128 with pages and modifiers.
+  // Pages are looked up by the threads that copy. So chosen, nothing spills.
   template <bool paged>
   static constexpr int kCopyRegisters = paged        ? 56
                                         : kDim <= 64 ? 24

@@ -270,6 +270,8 @@ FASTATTN_DEVICE void pin(uint32_t (&a)[kTiles][4]) {
   for (int i = 0; i < kTiles; ++i)
     asm volatile("" : "+r"(a[i][0]), "+r"(a[i][1]), "+r"(a[i][2]), "+r"(a[i][3])::"memory");
 }
+// Of an address: a loop makes anew what is made of it, and keeps none of it in registers.
+FASTATTN_DEVICE void pin(uint32_t& a) { asm volatile("" : "+r"(a)); }
 
 #define FASTATTN_C4(i) "+f"(c[i][0]), "+f"(c[i][1]), "+f"(c[i][2]), "+f"(c[i][3])
 #define FASTATTN_C32(i)                                                                                               \

@@ -168,7 +168,7 @@ MUTANTS = [
            "    release(shared_.values_empty(v_place_.stage));\n    wgmma_wait<0>();\n    pin_operands();\n"),
     mutant("two lanes of a warp give a stage back", HOPPER, "if (thread_index() % 32 == 0) mbarrier_arrive(empty)",
            "if (thread_index() % 32 < 2) mbarrier_arrive(empty)"),
-    mutant("stride of half the rows in a descriptor", HOPPER_TILES, "k % 4 * 32), 16, kEightRows)", "k % 4 * 32), 16, kEightRows / 2)"),
+    mutant("stride of half the rows in a descriptor", HOPPER_TILES, "matrix_descriptor(tile, 16, kEightRows)", "matrix_descriptor(tile, 16, kEightRows / 2)"),
     mutant("descriptor of the next columns", HOPPER_TILES, "k % 4 * 32)", "k % 4 * 64)"),
     mutant("lost swizzle of 128 bytes", HOPPER_TILES, "((chunk % 8) ^ (row % 8)) * 16", "(chunk % 8) * 16"),
     mutant("swapped fragments of P", HOPPER,

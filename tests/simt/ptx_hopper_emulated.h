@@ -55,6 +55,7 @@ void wgmma_wait(simt::Site site = simt::here()) {
 }
 template <class V, int kTiles>
 void pin(V (&)[kTiles][4]) {}
+inline void pin(uint32_t&) {}
 
 // 8 elements of an operand in shared memory, from where the descriptor says that they lie.
 template <class T>
