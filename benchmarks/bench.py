@@ -1,7 +1,7 @@
 """The benchmark driver: ours, the peers and the machine's limits, alternating in one run.
 
-    python benchmarks/bench.py attention [--save] [--threads N] [--only KIND,...] [--quick]
-    python benchmarks/bench.py sampling  [--save] [--only KIND,...] [--quick]
+    python benchmarks/bench.py attention [--save] [--threads N] [--only KIND,...] [--attempts N] [--quick]
+    python benchmarks/bench.py sampling  [--save] [--only KIND,...] [--attempts N] [--quick]
     python benchmarks/bench.py generate  [--save] [--threads N]
     python benchmarks/bench.py models    [--save] [--only ROW,...] [--threads N] [--quick]
 
