@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import collections
+import itertools
 import json
 import re
 import shutil
@@ -23,8 +24,8 @@ from gpu_tables import ways_key
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "gpu_static.json"
 ARCHITECTURES = ("80", "86", "89", "90a", "100a", "120")
+FLOAT_ARCHITECTURES = ("80", "86", "90a", "120")
 HEADDIMS = (32, 64, 96, 128, 192, 256)
-FLOAT_GRADIENT_HEADDIMS = (32, 64, 96, 128)  # csrc/cuda/launch.cuh, kMaxGradientHeaddim
 HOPPER_HEADDIMS = (64, 128)  # csrc/cuda/launch.cu, forward_kernel
 THREADS = 128  # csrc/cuda/traits.cuh, kThreads
 
@@ -133,7 +134,7 @@ def describe(mangled: str) -> dict[str, Any] | None:
     ):
         headdim, *flags = map(int, match.groups())
         kernel, names = "wgmma forward", ("modifiers", "dropout", "pages", "splits")
-        row_tiles, threads, keys = 2, 3 * THREADS, 128
+        rows, threads, keys = 128, 3 * THREADS, 128
         step = headdim // 16 + keys // 16  # waits spin in loops of their own, all around it
         # csrc/cuda/hopper_tiles.cuh, kSharedBytes
         shared_bytes = 1024 + 128 * (2 * headdim + 16) + 2 * 2 * keys * headdim * 2 + 9 * 8
@@ -147,27 +148,30 @@ def describe(mangled: str) -> dict[str, Any] | None:
         keys = next(
             n for n, most in ((64, 128), (32, 512), (16, 768), (8, 1024)) if headdim * element_bytes <= most
         )
-        shared_bytes = (64 * row_tiles + 4 * keys) * headdim * element_bytes
+        rows = 64 * row_tiles
+        shared_bytes = (rows + 4 * keys) * headdim * element_bytes
     elif match := re.search(
         r"(query|key)_gradients.*?14BackwardTraitsILi(\d+)ELi(\d+)EE.*?14BackwardPolicyILb(\d)ELb(\d)ELNS0_9GradientsE(\d)EE",
         mangled,
     ):
         headdim, element_bytes, *flags, gradients = map(int, match.groups()[1:])
-        row_tiles = 1
         kernel = "dQ" if match[1] == "query" else ("dK and dV", "dK", "dV")[gradients]
         names = ("modifiers", "dropout")
         # csrc/cuda/traits.cuh, BackwardTraits
-        steps = ((64, 64), (32, 128), (16, 256)) if element_bytes == 2 else ((32, 64), (16, 128))
+        steps = ((64, 64), (32, 128), (16, 256)) if element_bytes == 2 else ((32, 64), (16, 192), (8, 256))
         lines = next(n for n, most in steps if headdim <= most)
         row_bytes = headdim * element_bytes
-        shared_bytes = 2 * 64 * row_bytes + 2 * (2 * lines * row_bytes + lines * 8)
+        parts = 2 if row_bytes > 512 else 1
+        rows = 64 // parts
+        shared_bytes = 2 * rows * row_bytes + 2 * (2 * lines * row_bytes + max(128, lines * 8))
+        shared_bytes += 4 * 512 * (parts > 1)
     else:
         return None
     policy = " ".join(n for n, on in zip(names, flags) if on) or "plain"
     return {
         "kernel": f"{kernel} {policy}",
         "headdim": headdim,
-        "rows": 64 * row_tiles,
+        "rows": rows,
         "shared_bytes": shared_bytes,
         "threads": threads,
         "step": step,
@@ -237,7 +241,6 @@ def float_report(architecture: str, headdim: int, folder: Path, unit: str) -> li
 
 # Headdim 64 everywhere; on sm_80 every headdim, and both dtypes, which differ in one instruction's operand.
 UNITS = ("forward", "backward")
-FLOAT_UNITS = {"forward": HEADDIMS, "backward": FLOAT_GRADIENT_HEADDIMS}
 TABLE = [
     *(("80", headdim, "f16", unit) for headdim in HEADDIMS for unit in UNITS),
     *(("80", headdim, "bf16", unit) for headdim in (64, 128) for unit in UNITS),
@@ -284,9 +287,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         for architecture in ARCHITECTURES:
             others += sampling_report(architecture, Path(name))
-        for unit, headdims in FLOAT_UNITS.items():
-            for headdim in headdims:
-                others += float_report("80", headdim, Path(name), unit)
+        for architecture, unit in itertools.product(FLOAT_ARCHITECTURES, UNITS):
+            for headdim in HEADDIMS:
+                others += float_report(architecture, headdim, Path(name), unit)
         for row in others:
             print(*row.values(), flush=True)
         for architecture, headdim, dtype, unit in () if options.others else TABLE:

@@ -59,6 +59,7 @@ def cuda_table(record: Row) -> list[str]:
     wide = min(row["wide_accesses"] for row in rows if row["kernel"].endswith("plain"))
     floats = [row for row in record["others"] if "headdim" in row]
     used = [row["registers"] for row in floats]
+    architectures = ", ".join(dict.fromkeys(row["architecture"] for row in floats))
     return [
         *lines,
         "",
@@ -67,8 +68,9 @@ def cuda_table(record: Row) -> list[str]:
         f"block, {', '.join(sorted({row['tensor'] for row in rows}))}. Of the global accesses of the plain kernels "
         f"{wide:.0%} or more move 16 bytes.",
         "",
-        f"Of float32, on sm_80: {len(floats)} instantiations, {min(used)} to {max(used)} registers, {spilled(floats)}, "
-        f"at most {max(row['shared_bytes'] for row in floats) / 1024:.1f} KiB of shared memory a block.",
+        f"Of float32, on {architectures}: {len(floats)} instantiations, {min(used)} to {max(used)} registers, "
+        f"{spilled(floats)}, at most {max(row['shared_bytes'] for row in floats) / 1024:.1f} KiB of shared memory "
+        "a block.",
         "",
         "Bank ways: the most words of one bank that any access to shared memory asks for at once, 1 = no conflict, of "
         f"all of a line's kernels, as the emulator ran them. At most {max(record['bank_ways'].values())} in all "

@@ -68,7 +68,10 @@ inline int64_t blocks_of(int64_t items, int each) { return (items + each - 1) / 
 template <class T, class Traits, bool modify, bool dropout>
 int launch_backward(const AttentionBackwardParams& call, void* stream) {
   const AttentionParams& p = call.fwd;
-  const BackwardParams params{call, CopySteps::of<Traits>(p.kv.k), CopySteps::of<Traits>(p.kv.v),
+  const BackwardParams params{call,
+                              Softcap(p),
+                              CopySteps::of<Traits>(p.kv.k),
+                              CopySteps::of<Traits>(p.kv.v),
                               static_cast<int>(blocks_of(rows_of(p), Traits::kRows)),
                               static_cast<int>(blocks_of(p.kv.seqlen, Traits::kRows))};
   const auto launch = [&](auto kernel, int blocks) {
@@ -110,8 +113,6 @@ template <class T>
 constexpr DType dtype_of = sizeof(T) == 4 ? DType::f32
                            : is_bf16<T>   ? DType::bf16
                                           : DType::f16;
-template <class T>
-constexpr int kMaxGradientHeaddim = 512 / sizeof(T);  // so that tiles fit the shared memory of every GPU
 
 // launch(T{}) for the T that `dtype` names.
 template <class Launch, class T, class... Others>

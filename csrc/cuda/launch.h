@@ -35,8 +35,7 @@ SplitPlan plan_splits(const AttentionParams& p);
 int cuda_attention_forward(const AttentionParams& p, float* partial_out, float* partial_lse, void* stream);
 
 // As above, of a call that is neither paged nor in a cache; dq, dk and dv are of q's dtype, and as dense as q, k and v.
-// f32: headdim and headdim_v up to 128. dbias, where wanted, is float (batch, nheads, seqlen_q, seqlen_k) of zeros. The
-// same bits every time.
+// dbias, where wanted, is float (batch, nheads, seqlen_q, seqlen_k) of zeros. The same bits every time.
 int cuda_attention_backward(const AttentionBackwardParams& call, void* stream);
 
 // All of one 16-bit dtype; kv.seqlens says where each sequence of the cache ends. Returns a cudaError_t.

@@ -47,7 +47,7 @@ FASTATTN_DEVICE void add_product(float (&out)[Traits::kRowTiles][Traits::kDim / 
 // A warp's lines as floats, from registers: four lanes fill the 32 bytes that memory moves at once.
 // `line_of(line of the tile)`: where they go, null for nowhere.
 template <class Traits, class LineOf>
-FASTATTN_DEVICE void store_float_lines(int warp_line, const float (&lines)[Traits::kRowTiles][Traits::kDim / 8][4],
+FASTATTN_DEVICE void store_float_lines(int warp_line, const float (&lines)[Traits::kRowTiles][Traits::kWarpDim / 8][4],
                                        int64_t dims, LineOf line_of) {
   const int lane = thread_index() % 32;
 #pragma unroll
@@ -57,7 +57,7 @@ FASTATTN_DEVICE void store_float_lines(int warp_line, const float (&lines)[Trait
       Float2* line = reinterpret_cast<Float2*>(line_of(warp_line + 16 * m + 8 * half + lane / 4));
       if (!line) continue;
 #pragma unroll
-      for (int n = 0; n < Traits::kDim / 8; ++n)
+      for (int n = 0; n < Traits::kWarpDim / 8; ++n)
         if (8 * n < dims)
           store_global(line + 4 * n + lane % 4, Float2{lines[m][n][2 * half], lines[m][n][2 * half + 1]});
     }
@@ -99,7 +99,7 @@ FASTATTN_DEVICE void store_packed_lines(uint32_t tile, int warp_line,
 // The same as elements of either size.
 template <class T, class Traits, class LineOf>
 FASTATTN_DEVICE void store_lines(uint32_t tile, int warp_line,
-                                 const float (&lines)[Traits::kRowTiles][Traits::kDim / 8][4], int64_t dims,
+                                 const float (&lines)[Traits::kRowTiles][Traits::kWarpDim / 8][4], int64_t dims,
                                  LineOf line_of) {
   if constexpr (sizeof(T) == 4)
     store_float_lines<Traits>(warp_line, lines, dims, line_of);

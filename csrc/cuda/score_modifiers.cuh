@@ -73,7 +73,7 @@ FASTATTN_DEVICE float bias_at(const ScoreView& view, int batch, int head, int qu
 // The scale and the softcap of a call.
 class Softcap {
  public:
-  FASTATTN_DEVICE explicit Softcap(const AttentionParams& p)
+  FASTATTN_HOST_DEVICE explicit Softcap(const AttentionParams& p)
       : scale_(static_cast<float>(p.softmax_scale * kLog2e)),
         cap_(static_cast<float>(p.softcap * kLog2e)),
         to_exponent_(cap_ > 0 ? 2.0f * static_cast<float>(p.softmax_scale / p.softcap * kLog2e) : 0.0f) {}
@@ -82,6 +82,7 @@ class Softcap {
   FASTATTN_DEVICE float operator()(float s) const {
     return cap_ > 0 ? cap_ - 2 * cap_ * reciprocal_approx(1 + exp2_approx(s * to_exponent_)) : s * scale_;
   }
+  FASTATTN_DEVICE float scale() const { return scale_; }
   // How much of a change of the scaled score comes through, where `capped` came out: 1 - tanh^2.
   FASTATTN_DEVICE float slope(float capped) const {
     return cap_ > 0 ? 1 - capped * capped * reciprocal_approx(cap_ * cap_) : 1.0f;
@@ -164,19 +165,24 @@ FASTATTN_DEVICE void draw_dropout(const AttentionParams& p, const Sequence& sequ
   };
   if constexpr (Layout::kIsTransposed) {
     const int mine = thread_index() / 4 % 4;  // a lane's key is the block's word `mine`
+    // Four elements share blocks: of a lane with two rows only, two of each of its keys.
+    constexpr int kRowStep = Layout::kRows < 4 ? 2 : 4, kKeyStep = 4 / kRowStep;
+    const auto row_step = [](int i) { return kRowStep == 4 ? i : i % 2; };
+    const auto key_step = [](int i) { return kRowStep == 4 ? 0 : i / 2; };
 #pragma unroll
-    for (int r = 0; r < Layout::kRows; r += 4) {
-      // Of rows r to r + 3 this lane draws number `mine`; the lane that is `other` away wants its word mine ^ other.
-      const int query = sequence.query(at.row(r + mine)), head = sequence.head(at.row(r + mine));
+    for (int r = 0; r < Layout::kRows; r += kRowStep) {
+      // This lane draws number `mine` of them; the lane that is `other` away wants its word mine ^ other.
+      const int drawn = at.row(r + row_step(mine)), query = sequence.query(drawn), head = sequence.head(drawn);
 #pragma unroll
-      for (int k = 0; k < Layout::kKeys; ++k) {
-        const PhiloxBlock block = draw(query, head, k);
+      for (int k = 0; k < Layout::kKeys; k += kKeyStep) {
+        const PhiloxBlock block = draw(query, head, k + key_step(mine));
 #pragma unroll
         for (int other = 0; other < 4; ++other) {
           const int wanted = mine ^ other;
           const uint32_t low = wanted % 2 ? block.word[1] : block.word[0];
           const uint32_t high = wanted % 2 ? block.word[3] : block.word[2];
-          visit(r + wanted, k, shuffle_xor(wanted / 2 ? high : low, 4 * other) < threshold);
+          visit(r + row_step(wanted), k + key_step(wanted),
+                shuffle_xor(wanted / 2 ? high : low, 4 * other) < threshold);
         }
       }
     }

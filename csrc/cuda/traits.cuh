@@ -63,7 +63,9 @@ struct Traits {
   static constexpr int kKeys = kRowBytes <= 128 ? 64 : kRowBytes <= 512 ? 32 : kRowBytes <= 768 ? 16 : 8;
   static constexpr int kStages = 2;
   static constexpr int kChunkElements = 16 / kElementBytes;
-  static constexpr int kChunks = kDim / kChunkElements;  // of 16 bytes in a row
+  static constexpr int kChunks = kDim / kChunkElements;         // of 16 bytes in a row
+  static constexpr int kWarpDim = kDim, kWarpChunks = kChunks;  // of a warp
+  static constexpr int kChunksAtOnce = 4;                       // of a row of floats: all of a panel's
   // Threads that copy one row: of few keys so many that all threads together copy no more than a tile.
   static constexpr int kRowLanes = kKeys < 16 ? 16 : kChunks % 8 == 0 ? 8 : 4;
   static constexpr int kCopyRows = kThreads / kRowLanes;    // rows that all threads copy at once
@@ -79,13 +81,25 @@ struct Traits {
 template <int kDim, int kElementBytes>
 struct BackwardTraits : Traits<kDim, 1, kElementBytes> {
   using Base = Traits<kDim, 1, kElementBytes>;
+  // Warps that share lines, each with its part of their headdim: two tiles of 64 wide lines fit no shared memory, and
+  // half as many lines shall still occupy four warps.
+  static constexpr int kParts = Base::kRowBytes > 512 ? 2 : 1, kRows = Base::kRows / kParts;
+  static constexpr int kWarpDim = kDim / kParts, kWarpChunks = Base::kChunks / kParts;
+  static constexpr int kChunksAtOnce = kWarpDim < 128 ? 4 : 2;  // beside two gradients there are no registers for more
+  static constexpr bool kSplitsGradients = kWarpDim > 128;      // both of a key exceed the registers of a warp
   // Lines of the tiles that a block walks; of floats so few that four warps have registers for them.
-  static constexpr int kKeys = kElementBytes == 4 ? (kDim <= 64 ? 32 : 16) : kDim <= 64 ? 64 : kDim <= 128 ? 32 : 16;
-  static constexpr uint32_t kOwnBytes = Base::kQueryBytes, kTileBytes = kKeys * kDim * kElementBytes;
-  static constexpr uint32_t kStatisticsBytes = kKeys * 8;  // lse and delta of every row
-  static constexpr int kSharedBytes =
-      static_cast<int>(2 * kOwnBytes + Base::kStages * (2 * kTileBytes + kStatisticsBytes));
-  static constexpr bool kSplitsGradients = kDim > 128;
+  static constexpr int kKeys = kElementBytes == 4 ? (kDim <= 64    ? 32
+                                                     : kDim <= 192 ? 16
+                                                                   : 8)
+                               : kDim <= 64       ? 64
+                               : kDim <= 128      ? 32
+                                                  : 16;
+  static constexpr uint32_t kOwnBytes = kRows * Base::kRowBytes, kTileBytes = kKeys * Base::kRowBytes;
+  // Lse and delta of every row; behind them a tile begins, at a multiple of all banks.
+  static constexpr uint32_t kStatisticsBytes = kKeys < 16 ? 128 : kKeys * 8;
+  static constexpr uint32_t kSumBytes = 512;  // a warp's sums over its part of the headdim, 8 columns at a time
+  static constexpr int kSharedBytes = static_cast<int>(
+      2 * kOwnBytes + Base::kStages * (2 * kTileBytes + kStatisticsBytes) + (kParts > 1 ? kWarps * kSumBytes : 0));
   static_assert(kKeys % Base::kCopyRows == 0);
   static_assert(Base::kStages == 2);  // KeyGradients holds the statistics of one tile on the way
 };

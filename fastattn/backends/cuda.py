@@ -28,11 +28,7 @@ FEATURES = frozenset(
 )  # fmt: skip
 _NO_GRADIENTS_WITH = frozenset({"leftpad", "cache_batch_idx", "paged"})
 MAX_HEADDIM = 256  # csrc/cuda/launch.cu, FASTATTN_CUDA_HEADDIMS
-MAX_GRADIENT_HEADDIM = {
-    torch.float16: 256,
-    torch.bfloat16: 256,
-    torch.float32: 128,
-}  # csrc/cuda/launch.cuh, kMaxGradientHeaddim
+_ATTENTION_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _MAX_VOCAB = 1 << 22  # csrc/params.h, kMaxVocab
 _CHUNK = 8  # elements that one copy moves: 16 bytes
 _Logprobs = tuple[Tensor, Tensor, Tensor]  # of the drawn tokens (batch,), the best ids (batch, n) and theirs
@@ -69,17 +65,13 @@ def _lacks(args: AttentionArgs | KVAppendArgs | SamplingArgs) -> str | None:
     """What no GPU would change."""
     tensor = args.subject
     are_logits = tensor.dim() == 2
-    if tensor.dtype not in (calls.FLOAT_DTYPES if are_logits else MAX_GRADIENT_HEADDIM):
+    if tensor.dtype not in (calls.FLOAT_DTYPES if are_logits else _ATTENTION_DTYPES):
         return f"lacks dtype '{str(tensor.dtype).removeprefix('torch.')}'"
     if are_logits and tensor.shape[1] > _MAX_VOCAB:
         return f"lacks vocabularies above {_MAX_VOCAB}"
     features = args.features()
-    if not are_logits:
-        trained = "gradients" in features
-        longest = MAX_GRADIENT_HEADDIM[tensor.dtype] if trained else MAX_HEADDIM
-        if max(tensor.shape[-1], getattr(args, "v", tensor).shape[-1]) > longest:
-            what = "gradients of headdim" if trained else "headdim"
-            return f"lacks {what} above {longest} in {str(tensor.dtype).removeprefix('torch.')}"
+    if not are_logits and max(tensor.shape[-1], getattr(args, "v", tensor).shape[-1]) > MAX_HEADDIM:
+        return f"lacks headdim above {MAX_HEADDIM}"
     lacking = sorted(features - FEATURES)
     if "gradients" in features and features & _NO_GRADIENTS_WITH:
         lacking.append("gradients")

@@ -64,8 +64,6 @@ def _launches(emulator: Emulator, dtypes: tuple[str, ...], headdims: tuple[int, 
                     for args in _calls(dtype, headdim):
                         emulator.attention(args)
                         yield
-            if name == "float" and headdim not in gpu_static.FLOAT_GRADIENT_HEADDIMS:
-                continue
             for args in _gradient_calls(dtype, headdim):
                 rows = torch.zeros(1, args.q.shape[2], args.q.shape[1])
                 emulator.attention_backward(args, args.q, rows, torch.randn(args.q.shape).to(dtype))

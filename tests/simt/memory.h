@@ -3,8 +3,8 @@
 // Every access of a kernel comes through here. Shared memory has a shadow per 4-byte word, written global memory one
 // per byte: the last writer and the readers since, in epochs of the block's barriers and of each warp's. Two
 // accesses of which one writes are ordered only by a barrier between them; that the schedule at hand did not show the
-// race does not matter. A write is ordered before what comes later also by a chain of mbarriers and named barriers,
-// which vector clocks follow.
+// race does not matter. A write, and the reads of one thread, are ordered before what comes later also by a chain of
+// mbarriers and named barriers, which vector clocks follow.
 #pragma once
 
 #include <algorithm>
@@ -17,9 +17,9 @@ namespace simt {
 // The last write to a place and the reads since.
 struct History {
   static constexpr int kNobody = -1, kSeveralWarps = -2, kAtomics = 1 << 20;  // a thread of no warp
-  int writer = kNobody, reader_warp = kNobody, reader = kNobody;  // reader: kNobody also when several lanes read
+  int writer = kNobody, reader_warp = kNobody, reader = kNobody;  // reader: kNobody also when several threads read
   uint32_t write_epoch = 0, write_warp_epoch = 0, read_epoch = 0, read_warp_epoch = 0;
-  uint32_t write_clock = 0;  // the writer's own
+  uint32_t write_clock = 0, read_clock = 0;  // the writer's own, and the one reader's
 
   // Atomics are ordered among themselves, and race with all else.
   bool atomic() {
@@ -46,9 +46,11 @@ struct History {
       reader = thread;
     } else if (reader_warp != thread / 32) {
       reader_warp = kSeveralWarps;
+      reader = kNobody;
     } else if (reader != thread) {
       reader = kNobody;
     }
+    read_clock = machine.current->clock[static_cast<size_t>(thread)];
     read_epoch = machine.epoch;
     read_warp_epoch = machine.warp().epoch;
     return fine;
@@ -57,7 +59,8 @@ struct History {
   bool write() {
     const int thread = machine.current->thread;
     bool fine = after_write();
-    if (reader_warp != kNobody && read_epoch == machine.epoch && reader != thread)
+    const bool knows_reader = reader != kNobody && machine.current->knows(reader, read_clock);
+    if (reader_warp != kNobody && read_epoch == machine.epoch && reader != thread && !knows_reader)
       fine &= reader_warp == thread / 32 && read_warp_epoch < machine.warp().epoch;
     written_by(thread, machine.current->clock[static_cast<size_t>(thread)]);
     return fine;

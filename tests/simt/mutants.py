@@ -65,17 +65,18 @@ UNITS_OF = {
     "append": ("launch",),
     "sampling": ("sampling",),
     "backward": ("backward",),
-    "backward_f32": ("backward",),
+    "backward_f32": ("forward", "backward", "launch"),
 }
 FLOAT_FAMILIES = ("products_f32", "backward_f32")
+HEADDIM_OF = dict.fromkeys(UNITS_OF, 64) | {"backward_f32": 256}  # where warps share lines
 (
     FORWARD, BACKWARD, PRODUCTS, COPY, SEQUENCE, MODIFIERS, APPEND, SAMPLING, ROW, REDUCE, EDITS, LOGPROBS, SOFTMAX,
-    PLACES, HOPPER, HOPPER_TILES,
+    PLACES, HOPPER, HOPPER_TILES, BLOCK,
 ) = (
     "attention_fwd.cuh", "attention_bwd.cuh", "products.cuh", "tile_copy.cuh", "sequence.cuh", "score_modifiers.cuh",
     "kv_append.cuh", "sampling.cuh", "sampling_row.cuh", "sampling_reduce.cuh", "sampling_edits.cuh",
     "sampling_logprobs.cuh", "online_softmax.cuh", "forward_params.cuh",
-    "attention_fwd_sm90.cuh", "hopper_tiles.cuh",
+    "attention_fwd_sm90.cuh", "hopper_tiles.cuh", "backward_block.cuh",
 )  # fmt: skip
 FAMILY_OF = {APPEND: "append", HOPPER: "hopper", HOPPER_TILES: "hopper"} | dict.fromkeys(
     (SAMPLING, ROW, REDUCE, EDITS, LOGPROBS), "sampling"
@@ -87,6 +88,7 @@ ARRIVE = """    cp_async_wait<Traits::kStages - 2>();
     cp_async_commit();
 """
 SEND = ARRIVE[ARRIVE.index("    const int next") :]
+LAND, STEP = "      land(i % Traits::kStages);\n", "      step(masked, i % Traits::kStages, i);\n"
 
 MUTANTS = [
     mutant("no barrier after the wait", FORWARD, ARRIVE, ARRIVE.replace("    block_barrier();\n", "")),
@@ -287,30 +289,33 @@ MUTANTS = [
     mutant("the drawn token's logit in the first row", LOGPROBS, "load_global(this->logits_ + token)", "load_global(static_cast<const T*>(p_.logits) + token)"),
     mutant("the best of the first row", LOGPROBS, "p_.best_ids + int64_t{row_} * p_.n", "p_.best_ids"),
 
-    backward("no barrier after a tile's wait", "    block_barrier();\n", ""),
-    backward("gradients: waits for a group too few", "cp_async_wait<Traits::kStages - 2>()", "cp_async_wait<Traits::kStages - 1>()"),
-    backward("gradients: the next tile overwrites this one", "send(stage == 0 ? Traits::kStages - 1 : stage - 1, next)",
-             "send(stage, next)"),
-    backward("statistics land after the barrier", "    land(stage);\n", "",
-             "    step(stage, i);\n", "    land(stage);\n    step(stage, i);\n"),
+    of_family("backward", "no barrier after a tile's wait", BLOCK, "    block_barrier();\n", ""),
+    of_family("backward", "gradients: waits for a group too few", BLOCK, "cp_async_wait<Traits::kStages - 2>()", "cp_async_wait<Traits::kStages - 1>()"),
+    of_family("backward", "gradients: the next tile overwrites this one", BLOCK, "send(next % Traits::kStages, next)",
+              "send(i % Traits::kStages, next)"),
+    of_family("backward", "statistics land after the barrier", BLOCK, LAND, "", BLOCK, STEP, LAND + STEP),
+    of_family("backward", "masks in the loop of open tiles alone", BLOCK, "if constexpr (kMasked) hide", "if constexpr (!kMasked) hide"),
     backward("statistics of the tile before", "this->statistics(stage) + static_cast<uint32_t>(at.row(r)",
              "this->statistics(1 - stage) + static_cast<uint32_t>(at.row(r)"),
-    backward("gradients: swapped fragments of a key", "mma_16816<T>(scores[0][2 * n + 1], a, b[2], b[3])",
+    of_family("backward", "gradients: swapped fragments of a key", BLOCK, "mma_16816<T>(scores[0][2 * n + 1], a, b[2], b[3])",
              "mma_16816<T>(scores[0][2 * n + 1], a, b[3], b[2])"),
-    backward("delta forgotten", "d) - statistics.y)", "d))"),
+    of_family("backward", "delta forgotten", BLOCK, "d) - statistics.y)", "d))"),
     backward("dlse forgotten", "if (call.dlse) sum -=", "if (false) sum -="),
-    backward("dK unscaled", "p_.headdim, static_cast<float>(p_.softmax_scale));", "p_.headdim, 1.0f);"),
-    backward("dQ unscaled", "*= static_cast<float>(p_.softmax_scale)", "*= 1.0f"),
-    backward("dV not scaled for dropout", "Policy::kDropout ? dropout_scale(p_.dropout_p) : 1.0f);\n  }", "1.0f);\n  }"),
-    backward("dropped probabilities reach dV", "s = kept_share == 0 ? 0.0f : s;", "(void)kept_share;"),
-    backward("the softcap's slope forgotten", "d = ds * slope;", "d = ds;"),
+    backward("dK unscaled", "dk_, static_cast<float>(p_.softmax_scale)", "dk_, 1.0f"),
+    backward("dQ unscaled", "dq_, static_cast<float>(p_.softmax_scale)", "dq_, 1.0f"),
+    backward("dV not scaled for dropout", "dv_, Policy::kDropout ? dropout_scale(p_.dropout_p) : 1.0f", "dv_, 1.0f"),
+    of_family("backward", "dropped probabilities reach dV", BLOCK, "s = kept_share == 0 ? 0.0f : s;", "(void)kept_share;"),
+    of_family("backward", "the softcap's slope forgotten", BLOCK, "d = ds * slope;", "d = ds;"),
     backward("a boundary tile of keys counts as open", "open_last = range.open_end / kKeys",
              "open_last = (range.open_end + kKeys - 1) / kKeys"),
-    backward("a boundary tile of rows counts as open", "first_row < range.open_begin ||", "first_row + 8 < range.open_begin ||"),
-    backward("the last tile of rows skipped", "(range.end - range.begin + kRows - 1) / kRows,", "(range.end - range.begin) / kRows,"),
+    backward("a boundary tile of rows counts as open", "(range.open_begin - range.begin + kRows - 1) / kRows",
+             "(range.open_begin - range.begin) / kRows"),
+    backward("a boundary tile of rows at a window's end counts as open", "at_least(0, range.open_end - range.begin) / kRows",
+             "(range.open_end - range.begin + kRows - 1) / kRows"),
+    backward("the last tile of rows skipped", "(range.end - range.begin + kRows - 1) / kRows;", "(range.end - range.begin) / kRows;"),
     backward("gradients of keys beyond the sequence are written", "return key < sequence_.seqlen_k\n", "return key < 1 << 30\n"),
-    backward("statistics of rows beyond the sequence are read", "if (row >= sequence_.rows()) return {kInfinity, 0.0f};\n", ""),
-    backward("a row that sees nothing is not guarded", "{lse == -kInfinity ? kInfinity : lse", "{false ? kInfinity : lse"),
+    of_family("backward", "statistics of rows beyond the sequence are read", BLOCK, "if (row >= sequence_.rows()) return {kInfinity, 0.0f};\n", ""),
+    of_family("backward", "a row that sees nothing is not guarded", BLOCK, "{lse == -kInfinity ? kInfinity : lse", "{false ? kInfinity : lse"),
     of_family("backward", "rows of a window's keys off by one", SEQUENCE, "row(sees(last) + left + 1)", "row(sees(last) + left)"),
     of_family("backward", "dropout words of the other key", MODIFIERS, "const int wanted = mine ^ other;", "const int wanted = other;"),
     *(of_family("backward_f32", *bug) for bug in float_mutants.BACKWARD_BUGS),
@@ -347,7 +352,7 @@ def witnesses(family: str, bindings: Path, folder: Path, bug: Mutant | None = No
     objects = dict(healthy_units(bindings))
     if bug is not None or family in FLOAT_FAMILIES:
         csrc = CSRC if bug is None else bug.plant(folder)
-        objects |= compile_units(folder, csrc, (64,), _flags(family), UNITS_OF[family])
+        objects |= compile_units(folder, csrc, (HEADDIM_OF[family],), _flags(family), UNITS_OF[family])
     return sorted(PROBES[family](Emulator(link(folder, bindings, objects))))
 
 
