@@ -20,7 +20,7 @@ demo: build
 	  "In three short sentences, explain what attention does in a language model."
 
 # Two at a time, in the order of tests/conftest.py. Threads that wait shall sleep: those of the other half want the cores.
-PYTEST = OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder --durations 20
+PYTEST = OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder --durations 20
 
 test: build $(VENV)/.test
 	$(PYTEST) -m "not slow"

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,6 +20,15 @@ def pytest_report_header() -> str:
 
 
 EMULATED = "emulator"
+EMULATED_FILES = (
+    "test_cuda_attention",
+    "test_cuda_backward",
+    "test_cuda_banks",
+    "test_cuda_hopper",
+    "test_cuda_kvcache",
+    "test_cuda_sampling",
+    "test_cuda_sampling_edits",
+)
 LONGEST = (
     "test_sanitizers",
     EMULATED,
@@ -29,21 +39,28 @@ LONGEST = (
 )
 
 
-@pytest.hookimpl(tryfirst=True)  # xdist reads the groups in this hook, too
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """With several workers (``-n``), one file is one worker's, and so is all that runs in the emulator, built once.
+def group_of(path: str) -> str:
+    """One file is one worker's, and so are all that run in the emulator, which is built once."""
+    stem = Path(path).stem
+    return EMULATED if stem in EMULATED_FILES else stem
 
-    The longest come first, so that no worker is left with one of them while the others have nothing to do.
-    """
-    if not config.pluginmanager.hasplugin("xdist"):
-        return
-    groups = {}
-    for item in items:
-        emulated = {"emulator", "machine"} & set(getattr(item, "fixturenames", ()))
-        groups[item] = EMULATED if emulated else item.path.stem
-        item.add_marker(pytest.mark.xdist_group(groups[item]))
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """With several workers (``-n``), a group stays together. pytest-xdist 3.8's own groups do nothing under pytest 9.2."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class GroupScheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return group_of(nodeid.split("::")[0])
+
+    return GroupScheduling(config, log)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest groups first, so that no worker is left with one of them while the others have nothing to do."""
     rank = {name: i for i, name in enumerate(LONGEST)}
-    items.sort(key=lambda item: rank.get(groups[item], len(rank)))
+    items.sort(key=lambda item: rank.get(group_of(item.nodeid.split("::")[0]), len(rank)))
 
 
 @pytest.fixture(params=fastattn.cpu_isas())
