@@ -46,7 +46,7 @@ def healthy(runtime: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
 
 def run(runtime: str, module: Path, *families: str) -> subprocess.CompletedProcess[str]:
     """The families' calls, ended at the first race."""
-    call = [sys.executable, "tests/simt/sanitized.py", str(module), *families]
+    call = [sys.executable, "tests/simt/sanitized.py", "call", str(module), *families]
     environment = {"LD_PRELOAD": runtime, "TSAN_OPTIONS": OPTIONS, "OMP_NUM_THREADS": "1"}
     return thread_sanitizer.run(call, os.environ | environment, str(ROOT), 600)
 

@@ -7,6 +7,8 @@ import sys
 
 import pytest
 from simt.emulator import compile_units, link
+from simt.mutants import FLOAT_FAMILIES, HEADDIM_OF
+from simt.probes import PROBES
 from simt.sanitized import SANITIZE
 from tree import run
 
@@ -43,13 +45,16 @@ def preload():
     }
 
 
-def test_emulated_cuda_kernels_under_sanitizers(preload, cuda_bindings, tmp_path):
+@pytest.mark.parametrize("dtype", ["f16_t", "float"])
+def test_emulated_cuda_kernels_under_sanitizers(dtype, preload, cuda_bindings, tmp_path):
+    families = [family for family in PROBES if (family in FLOAT_FAMILIES) == (dtype == "float")]
+    headdims = tuple({HEADDIM_OF[family] for family in families})
     objects = compile_units(
-        tmp_path, headdims=(64,), flags=("-O1", "-w", "-DFASTATTN_CUDA_TYPES=f16_t,float", *SANITIZE)
+        tmp_path, headdims=headdims, flags=("-O1", "-w", f"-DFASTATTN_CUDA_TYPES={dtype}", *SANITIZE)
     )
     module = link(tmp_path, cuda_bindings, objects, SANITIZE[:1])
-    out = run(sys.executable, "tests/simt/sanitized.py", module, **preload)
-    assert "clean: forward" in out, out
+    out = run(sys.executable, "tests/simt/sanitized.py", "probe", module, *families, **preload)
+    assert f"clean: {' '.join(families)}" in out, out
 
 
 def test_kernels_under_sanitizers(source, preload):
