@@ -99,7 +99,7 @@ void fill_lse(const py::tuple& lse, AttentionParams* p) {
   p->lse_stride_head = item<int64_t>(lse, 2);
 }
 
-// dlse and delta have lse's strides; dlse 0 = none.
+// dlse and delta have lse's strides; dlse 0 = none. dbias may have a stride of slots after its dtype.
 AttentionBackwardParams backward_params(const py::tuple& call, const py::tuple& out, const py::tuple& lse,
                                         const py::tuple& dout, uintptr_t dlse, uintptr_t delta, const py::tuple& dq,
                                         const py::tuple& dk, const py::tuple& dv, const py::object& dbias) {
@@ -114,6 +114,7 @@ AttentionBackwardParams backward_params(const py::tuple& call, const py::tuple& 
   p.dk = view(dk);
   p.dv = view(dv);
   p.dbias = score_view(dbias);
+  if (p.dbias.data && py::len(dbias) > 6) p.dbias_stride_slot = item<int64_t>(dbias, 6);
   return p;
 }
 

@@ -8,7 +8,8 @@ namespace fastattn {
 
 enum class DType : int32_t { f32 = 0, bf16 = 1, f16 = 2, f64 = 3, i8 = 4 };
 
-constexpr int64_t kMaxHeaddim = 512;  // of headdim and headdim_v; Python's MAX_HEADDIM is this one
+constexpr int64_t kMaxHeaddim = 512;   // of headdim and headdim_v; Python's MAX_HEADDIM is this one
+constexpr int64_t kBiasSlotKeys = 64;  // keys that share sums of a bias by diagonals; gradient_sums.py, SLOT_KEYS
 
 // Storage of the 16-bit floats: all arithmetic is fp32.
 struct bf16_t {
@@ -82,7 +83,8 @@ struct AttentionBackwardParams {
   TensorView dq;        // as q, but float or double whatever q is
   TensorView dk, dv;    // as k and v
   ScoreView dbias;      // float or double, zeros before the call: dS is added up where strides are 0; null = not wanted
-  bool fast_bf16_dot;   // whether this machine multiplies pairs of bf16 as fast as single floats
+  int64_t dbias_stride_slot;  // further for each kBiasSlotKeys keys: a bias of diagonals has sums for each of them
+  bool fast_bf16_dot;         // whether this machine multiplies pairs of bf16 as fast as single floats
 };
 
 // Rotate q into q_out, and write the rotated new k, and v, into the cache, where kv.seqlens says that it ends.

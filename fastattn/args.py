@@ -47,6 +47,9 @@ class AttentionArgs:
     softcap: float = 0.0
     alibi_slopes: Tensor | None = None  # (nheads,) or (batch, nheads), float32
     attn_bias: Tensor | None = None  # broadcastable to (batch, nheads, seqlen_q, seqlen_k), float
+    bias_is_relative: bool = (
+        False  # attn_bias is (batch or 1, nheads or 1, 1, seqlen_q + seqlen_k - 1), by j - i
+    )
     attn_mask: Tensor | None = None  # the same, bool, True = may attend
     sinks: Tensor | None = None  # (nheads,)
     dropout_p: float = 0.0
@@ -90,7 +93,8 @@ class AttentionArgs:
             "window": self.window_size != (-1, -1),
             "softcap": self.softcap != 0.0,
             "alibi": self.alibi_slopes is not None,
-            "bias": self.attn_bias is not None,
+            "bias": self.attn_bias is not None and not self.bias_is_relative,
+            "relative_bias": self.bias_is_relative,
             "mask": self.attn_mask is not None,
             "sinks": self.sinks is not None,
             "dropout": self.dropout_p != 0.0,

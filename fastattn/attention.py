@@ -21,6 +21,7 @@ from fastattn.attention_checks import (
     check_modifiers,
     check_qkv,
     checked_causal,
+    checked_relative_bias,
     checked_scale,
     checked_window,
 )
@@ -37,6 +38,7 @@ def attention(
     softcap: float = 0.0,
     alibi_slopes: Tensor | None = None,
     attn_bias: Tensor | None = None,
+    relative_bias: Tensor | None = None,
     attn_mask: Tensor | None = None,
     sinks: Tensor | None = None,
     dropout_p: float = 0.0,
@@ -56,7 +58,10 @@ def attention(
         softcap: scores become ``softcap * tanh(score / softcap)``; 0 = off.
         alibi_slopes: (nheads,) or (batch, nheads) float32; adds ``-slope * |i + seqlen_k - seqlen_q - j|``.
         attn_bias: float, broadcastable to (batch, nheads, seqlen_q, seqlen_k), added to the scores.
-        attn_mask: bool, the same broadcast, True = may attend.
+        relative_bias: float, broadcastable to (batch, nheads, seqlen_q + seqlen_k - 1): what is added to the score of
+            query i and key j stands at ``j - i + seqlen_q - 1``, as in T5 (arXiv 1910.10683). No matrix of biases or of
+            their gradients is ever in memory. Not together with attn_bias.
+        attn_mask: bool, broadcastable to (batch, nheads, seqlen_q, seqlen_k), True = may attend.
         sinks: (nheads,) logits of one more column without a value in every softmax.
         dropout_p: probability of dropping an attention weight.
         rng_state: (2,) int64, seed and offset: the same mask every time; default: new ones from torch's generator.
@@ -66,13 +71,13 @@ def attention(
     Returns:
         out (batch, seqlen_q, nheads, headdim_v) in q's dtype; with return_lse also lse (batch, nheads, seqlen_q),
         natural log, float32 (float64 for float64). A row that sees no key has out = 0, lse = -inf and gradients 0.
-        Gradients flow to q, k, v, attn_bias and sinks, from out and from lse, to any order.
+        Gradients flow to q, k, v, attn_bias, relative_bias and sinks, from out and from lse, to any order.
 
     Raises:
         ValueError, TypeError: an argument's shape, dtype, device or range; the message names it.
         NotImplementedError: the forced backend, or every backend, lacks a feature of this call.
     """
-    if backend in ("auto", "cpu") and dropout_p == 0.0 and rng_state is None:
+    if backend in ("auto", "cpu") and dropout_p == 0.0 and rng_state is None and relative_bias is None:
         quick = plain.attention(
             plain.ROWS_FIRST, q, k, v, causal, softmax_scale, True, window_size, softcap, attn_bias, attn_mask,
             alibi_slopes, sinks, return_lse,
@@ -80,8 +85,10 @@ def attention(
         if quick is not None:
             return quick  # type: ignore[no-any-return]
     if torch.is_autocast_enabled("cpu"):
-        q, k, v, attn_bias = ops.autocast(q, k, v, attn_bias)
+        q, k, v, attn_bias, relative_bias = ops.autocast(q, k, v, attn_bias, relative_bias)
     check_qkv(q, k, v)
+    if relative_bias is not None:
+        attn_bias = checked_relative_bias(relative_bias, attn_bias, q, k)
     args = AttentionArgs(
         q=q,
         k=k,
@@ -92,6 +99,7 @@ def attention(
         softcap=softcap,
         alibi_slopes=alibi_slopes,
         attn_bias=attn_bias,
+        bias_is_relative=relative_bias is not None,
         attn_mask=attn_mask,
         sinks=sinks,
         dropout_p=dropout_p,

@@ -81,7 +81,7 @@ def check_modifiers(args: AttentionArgs) -> None:
     check_range("softcap", args.softcap, 0.0, 1e30)  # beyond, float32 has no room for its square
     if args.softcap > 0 and args.dropout_p > 0:
         raise ValueError(f"softcap: expected 0 together with dropout_p={args.dropout_p}, got {args.softcap}")
-    if args.attn_bias is not None:
+    if args.attn_bias is not None and not args.bias_is_relative:
         check_float("attn_bias", args.attn_bias, hint=" (bool masks: attn_mask)")
         check_broadcast("attn_bias", args.attn_bias, scores)
     if args.attn_mask is not None:
@@ -101,6 +101,22 @@ def check_modifiers(args: AttentionArgs) -> None:
     if args.sinks is not None:
         Shapes(nheads=nheads).match("sinks", args.sinks, "nheads")
         check_float("sinks", args.sinks)
+
+
+def checked_relative_bias(relative_bias: Tensor, attn_bias: Tensor | None, q: Tensor, k: Tensor) -> Tensor:
+    """A value per head and diagonal, as ``AttentionArgs`` has it, and no other bias beside."""
+    if attn_bias is not None:
+        raise ValueError("relative_bias: expected None together with attn_bias, got both")
+    check_tensor("relative_bias", relative_bias, q.device)
+    check_float("relative_bias", relative_bias)
+    diagonals = max(0, q.shape[1] + k.shape[1] - 1)
+    shape = tuple(relative_bias.shape)
+    if relative_bias.dim() not in (1, 2, 3) or shape[-1] != diagonals:
+        raise ValueError(
+            f"relative_bias: expected ([batch,] [nheads,] seqlen_q + seqlen_k - 1 = {diagonals}), got {shape}"
+        )
+    check_broadcast("relative_bias", relative_bias, (q.shape[0], q.shape[2], diagonals))
+    return relative_bias.view(*(1,) * (3 - relative_bias.dim()), *shape)[:, :, None]
 
 
 def checked_scale(softmax_scale: float | None, headdim: int, name: str = "softmax_scale") -> float:

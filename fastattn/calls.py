@@ -63,22 +63,46 @@ class Modifiers:
             # Kernels read float32 and the 16-bit floats as they are; everything else becomes what they compute in.
             if compute == torch.float64 or bias.dtype not in FLOAT_DTYPES:
                 bias = bias.to(compute)
-            bias = bias.resolve_neg().expand(shape)
+            bias = bias.resolve_neg()
         if mask is not None:
             mask = mask.expand(shape)
         seed, offset = (0, 0) if args.rng_state is None else args.rng_state.tolist()
+        bias, bias_call = (_by_diagonal if args.bias_is_relative else _by_score)(bias, shape)
         self.tensors = (slopes, sinks, bias, mask)
         self.call = (
             args.softcap,
             address(slopes),
             slopes.shape[1] if slopes is not None and slopes.dim() == 2 else 0,
-            None if bias is None else (address(bias), *bias.stride(), DTYPES[bias.dtype]),
+            bias_call,
             None if mask is None else (address(mask), *mask.stride(), DTYPES[torch.int8]),
             address(sinks),
             args.dropout_p,
             seed,
             offset,
         )
+
+
+_Bias = tuple[
+    Tensor | None, tuple[int, ...] | None
+]  # a tensor to keep alive, and what csrc/params.h, ScoreView, holds
+
+
+def _by_score(bias: Tensor | None, shape: tuple[int, ...]) -> _Bias:
+    if bias is None:
+        return None, None
+    bias = bias.expand(shape)
+    return bias, (address(bias), *bias.stride(), DTYPES[bias.dtype])
+
+
+def _by_diagonal(bias: Tensor | None, shape: tuple[int, ...]) -> _Bias:
+    """One line per head, in which a query stands right of the one before it: a call may have a stride of -1."""
+    assert bias is not None
+    batch, nheads, _, seqlen_k = shape
+    line = (
+        bias.flip(3).contiguous().expand(batch, nheads, -1, -1)
+    )  # (batch, nheads, 1, seqlen_q + seqlen_k - 1), by i - j
+    start = address(line) + max(0, seqlen_k - 1) * line.element_size()
+    return line, (start, *line.stride()[:2], 1, -1, DTYPES[line.dtype])
 
 
 def longest_keys(args: AttentionArgs) -> int:

@@ -4,32 +4,58 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn.functional import fold
+
+SLOT_KEYS = 64  # csrc/params.h, kBiasSlotKeys
 
 
-def bias_sums(bias: Tensor, full: tuple[int, int, int, int], compute: torch.dtype) -> Tensor:
-    """Zeros, where the kernel adds up the gradient of ``bias``: in its shape, or more where threads would meet.
+class BiasSums:
+    """Zeros, where the kernel adds up the gradient of ``attn_bias``: in its shape, or more where threads would meet.
 
     A bias without queries or without keys gets a sum per head and sequence of ``full``, the shape of the scores.
     """
-    shape = _four(bias)
-    if shape[2] == 1 and full[2] > 1:
-        shape = (*full[:2], 1, full[3])
-    elif shape[3] == 1 and full[3] > 1:
-        shape = (*full[:3], 1)
-    return torch.zeros(shape, dtype=compute)
+
+    stride_slot = 0
+
+    def __init__(self, bias: Tensor, full: tuple[int, int, int, int], compute: torch.dtype) -> None:
+        self.bias, shape = bias, _four(bias)
+        if shape[2] == 1 and full[2] > 1:
+            shape = (*full[:2], 1, full[3])
+        elif shape[3] == 1 and full[3] > 1:
+            shape = (*full[:3], 1)
+        self.sums = torch.zeros(shape, dtype=compute)
+        self.address, self.strides = self.sums.data_ptr(), _broadcast_strides(self.sums)
+
+    def gradient(self) -> Tensor:
+        """What the sums hold after the call, in the bias' shape and dtype."""
+        sums = self.sums
+        for dim, size in enumerate(_four(self.bias)):
+            if size == 1 and sums.shape[dim] != 1:  # a sum over one is a copy, and these are large
+                sums = sums.sum(dim, keepdim=True)
+        return sums.to(self.bias.dtype).view(self.bias.shape)
 
 
-def broadcast_strides(x: Tensor) -> tuple[int, ...]:
-    """Strides of a contiguous tensor, 0 where it broadcasts."""
-    return tuple(0 if size == 1 else stride for size, stride in zip(x.shape, x.stride(), strict=True))
+class DiagonalSums:
+    """The same for a relative bias: a sum per diagonal and ``SLOT_KEYS`` keys, so that threads do not meet.
 
+    In a slot the diagonal of query q and the slot's key k stands at ``q - k + SLOT_KEYS - 1``.
+    """
 
-def bias_gradient(bias: Tensor, sums: Tensor) -> Tensor:
-    """What ``bias_sums`` holds after the call, in ``bias``' shape and dtype."""
-    for dim, size in enumerate(_four(bias)):
-        if size == 1 and sums.shape[dim] != 1:  # a sum over one is a copy, and these are large
-            sums = sums.sum(dim, keepdim=True)
-    return sums.to(bias.dtype).view(bias.shape)
+    def __init__(self, bias: Tensor, full: tuple[int, int, int, int], compute: torch.dtype) -> None:
+        self.bias = bias  # (batch or 1, nheads or 1, 1, seqlen_q + seqlen_k - 1)
+        _, _, seqlen_q, seqlen_k = full
+        slots, width = max(1, -(-seqlen_k // SLOT_KEYS)), seqlen_q + SLOT_KEYS - 1
+        self.sums = torch.zeros((*bias.shape[:2], slots, width), dtype=compute)
+        self.address = self.sums.data_ptr() + (SLOT_KEYS - 1) * self.sums.element_size()
+        self.strides = (*_broadcast_strides(self.sums)[:2], 1, -1)
+        self.stride_slot = width + SLOT_KEYS
+
+    def gradient(self) -> Tensor:
+        """What the sums hold after the call, in the bias' shape and dtype."""
+        batch, nheads, slots, width = self.sums.shape
+        columns = self.sums.flip(3).flatten(0, 1).transpose(1, 2)  # (batch * nheads, width, slots)
+        total = fold(columns, (1, (slots - 1) * SLOT_KEYS + width), (1, width), stride=(1, SLOT_KEYS))
+        return total.view(batch, nheads, 1, -1)[..., : self.bias.shape[3]].to(self.bias.dtype)
 
 
 def sinks_gradient(sinks: Tensor, lse: Tensor, delta: Tensor) -> Tensor:
@@ -38,6 +64,11 @@ def sinks_gradient(sinks: Tensor, lse: Tensor, delta: Tensor) -> Tensor:
     weight = torch.exp(column - lse).masked_fill(lse == -torch.inf, 0.0)
     total = (weight * delta).sum(-1)  # (batch, nheads), packed (nheads,)
     return -(total if total.dim() == 1 else total.sum(0)).to(sinks.dtype)
+
+
+def _broadcast_strides(x: Tensor) -> tuple[int, ...]:
+    """Strides of a contiguous tensor, 0 where it broadcasts."""
+    return tuple(0 if size == 1 else stride for size, stride in zip(x.shape, x.stride(), strict=True))
 
 
 def _four(bias: Tensor) -> tuple[int, ...]:

@@ -35,7 +35,8 @@ _DIFFERENTIABLE = ("q", "k", "v", "attn_bias", "sinks")
 _SCHEMA = ", ".join(
     [
         *(f"Tensor{'' if name in 'qkv' else '?'} {name}" for name in _TENSORS),
-        "float softmax_scale, bool causal, int window_left, int window_right, float softcap, float dropout_p",
+        "float softmax_scale, bool bias_is_relative, bool causal, int window_left, int window_right",
+        "float softcap, float dropout_p",
         "SymInt max_seqlen_q, SymInt max_seqlen_k, str backend",
     ]
 )
@@ -173,6 +174,7 @@ def _flat(args: AttentionArgs, backend: str) -> tuple[Any, ...]:
     return (
         *(getattr(args, name) for name in _TENSORS),
         args.softmax_scale,
+        args.bias_is_relative,
         args.causal,
         *args.window_size,
         args.softcap,
@@ -185,10 +187,11 @@ def _flat(args: AttentionArgs, backend: str) -> tuple[Any, ...]:
 
 def _args(flat: tuple[Any, ...]) -> tuple[AttentionArgs, str]:
     tensors = dict(zip(_TENSORS, flat))
-    scale, causal, left, right, softcap, dropout_p, max_q, max_k, backend = flat[len(_TENSORS) :]
+    scale, relative, causal, left, right, softcap, dropout_p, max_q, max_k, backend = flat[len(_TENSORS) :]
     args = AttentionArgs(
         **tensors,
         softmax_scale=scale,
+        bias_is_relative=relative,
         causal=causal,
         window_size=(left, right),
         softcap=softcap,

@@ -112,6 +112,39 @@ def test_by_name_at_construction():
     torch.testing.assert_close(logits(eager, given), found)
 
 
+@pytest.mark.parametrize("name", ["T5", "UMT5"])
+def test_biases_by_distance_are_lines(name, models, monkeypatch):
+    """At lengths of several blocks of keys, beside a float mask too; and nothing as large as the scores is handed on."""
+    model, given = model_of(models, name), inputs(name, "right", seqlen=150)
+    hidden = given["attention_mask"][:, None, None].float().sub(1) * 1e4  # (batch, 1, 1, seqlen_k)
+    lines = []
+    attention = transformers_attention.attention
+
+    def noted(q, k, v, *, relative_bias, **call):
+        if relative_bias is not None:
+            lines.append((relative_bias.shape[-1], q.shape[1], k.shape[1]))
+        return attention(q, k, v, relative_bias=relative_bias, **call)
+
+    monkeypatch.setattr(transformers_attention, "attention", noted)
+    for mask in (given["attention_mask"], hidden.expand(2, 1, 150, 150)):
+        call = (
+            {**given, "attention_mask": mask}
+            if mask.dim() == 2
+            else {"input_ids": given["input_ids"], "attention_mask": mask}
+        )
+        part = model if mask.dim() == 2 else model.get_encoder()
+        run = lambda part=part, call=call: next(iter(part(**call).values()))  # noqa: E731
+        with torch.no_grad():
+            expected = run()
+            enable(model)
+            found = run()
+            disable(model)
+        where = slice(None) if mask.dim() == 2 else given["attention_mask"].bool()
+        torch.testing.assert_close(found[where], expected[where], atol=2e-4, rtol=2e-4)
+    assert {n for n, *_ in lines} == {299, 11, 7}  # encoder, decoder, and the dry pass of enable()
+    assert all(n == seqlen_q + seqlen_k - 1 for n, seqlen_q, seqlen_k in lines)
+
+
 def test_falcon_with_alibi_is_that_of_sdpa():
     """Its eager code adds ALiBi twice; see DESIGN of the mask in modeling_falcon.py."""
     given = inputs("Falcon", "left")
@@ -163,16 +196,17 @@ def test_dropout_is_ours_and_only_in_training():
     assert not torch.equal(logits(model, given), first)
 
 
-def test_compiled():
+@pytest.mark.parametrize("name", ["LLaMA", "T5"])
+def test_compiled(name):
     torch._dynamo.reset()
-    model, given = build("LLaMA"), inputs("LLaMA")
+    model, given = build(name), inputs(name)
     expected = logits(model, given)
     enable(model)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(**given, use_cache=False).logits, expected, atol=2e-4, rtol=2e-4)
 
 
-@pytest.mark.parametrize("name", ["BLOOM", "LLaMA"])
+@pytest.mark.parametrize("name", ["BLOOM", "LLaMA", "T5"])
 def test_copies_and_pickles_of_enabled_models(name):
     model, given = build(name), inputs(name)
     expected = logits(enable(model), given)

@@ -43,6 +43,8 @@ SEQ2SEQ: dict[str, tuple[str, str, dict[str, Any]]] = {
     "BART": ("BartForConditionalGeneration", "BartConfig", {**_BART, "max_position_embeddings": 64}),
     "T5": ("T5ForConditionalGeneration", "T5Config", _T5),
     "FLAN-T5": ("T5ForConditionalGeneration", "T5Config", {**_T5, "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}),
+    "UMT5": ("UMT5ForConditionalGeneration", "UMT5Config", _T5),
+    "Switch": ("SwitchTransformersForConditionalGeneration", "SwitchTransformersConfig", {**_T5, "num_decoder_layers": 2, "num_experts": 2, "num_sparse_encoder_layers": 1, "num_sparse_decoder_layers": 1}),
     "Whisper": ("WhisperForConditionalGeneration", "WhisperConfig", {**_BART, "num_mel_bins": 4, "max_source_positions": 10, "max_target_positions": 32, "suppress_tokens": None, "begin_suppress_tokens": None}),
 }  # fmt: skip
 ALL = {**DECODERS, **ENCODERS, **SEQ2SEQ}

@@ -95,6 +95,7 @@ class BackwardTile {
   static constexpr int kTileWords = kBlockK * kStrip / kPer;
   static constexpr int kKeyStep = Words::kKeyStep;
   static_assert(kKeyStep % Vec::kLanes == 0, "whole squares");
+  static_assert(kBlockK % kBiasSlotKeys == 0 && kBiasSlotKeys % kKeyStep == 0, "items and squares within slots");
   static_assert(kKeyStep % Vec::kTileCols == 0 && kKeyStep % OuterTile<Vec>::cols(1) == 0, "whole register tiles");
 
   struct Strip {
@@ -321,7 +322,7 @@ class BackwardTile {
     const int64_t row = rows.first_row + r;
     return static_cast<Real*>(b_.dbias.data) + sequence_.batch * b_.dbias.stride_batch +
            visibility_.head(rows, row) * b_.dbias.stride_head + visibility_.query(row) * b_.dbias.stride_q +
-           key * b_.dbias.stride_k;
+           key * b_.dbias.stride_k + key / kBiasSlotKeys * b_.dbias_stride_slot;
   }
 
   template <int kVecs>
@@ -331,6 +332,7 @@ class BackwardTile {
         Real* sum = sums() + vec * Vec::kLanes;
         (Vec::load(sum) + Vec::load(dscores() + at)).store(sum);
       });
+    if (b_.dbias.stride_q == 1 && visibility_.group == 1) return add_dbias_columns(strip, key, keys);
     for (int64_t r = 0; r < strip.rows.rows; r += Vec::kLanes)
       for (int64_t j = 0; j < keys; j += Vec::kLanes) {  // squares of keys by rows, transposed in registers
         Vec square[Vec::kLanes];
@@ -339,9 +341,30 @@ class BackwardTile {
         const int n = static_cast<int>(at_most(Vec::kLanes, keys - j));
         for (int i = 0; i < at_most(Vec::kLanes, strip.rows.rows - r); ++i) {
           Real* sum = bias_element(strip.rows, r + i, key + j);
-          (load_scaled<Vec>(sum, n, nullptr) + square[i]).store_n(sum, n);
+          if (b_.dbias.stride_k == 1)
+            (load_scaled<Vec>(sum, n, nullptr) + square[i]).store_n(sum, n);
+          else
+            add_strided(square[i], n, sum);
         }
       }
+  }
+
+  // Neighbouring rows are neighbours in memory. Those of a diagonal's next key begin one element before: keys are taken
+  // a vector apart, so that no load waits for half of what the last store wrote.
+  void add_dbias_columns(const Strip& strip, int64_t key, int64_t keys) {
+    for (int64_t first = 0; first < at_most(Vec::kLanes, keys); ++first)
+      for (int64_t j = first; j < keys; j += Vec::kLanes)
+        for (int64_t r = 0; r < strip.rows.rows; r += Vec::kLanes) {
+          const int n = static_cast<int>(at_most(Vec::kLanes, strip.rows.rows - r));
+          Real* sum = bias_element(strip.rows, r, key + j);
+          store_first(load_scaled<Vec>(sum, n, nullptr) + Vec::load(dscores() + j * kStrip + r), sum, n);
+        }
+  }
+
+  void add_strided(Vec x, int n, Real* sum) const {
+    Real lanes[Vec::kLanes];
+    x.store(lanes);
+    for (int i = 0; i < n; ++i) sum[i * b_.dbias.stride_k] += lanes[i];
   }
 
   template <class T>

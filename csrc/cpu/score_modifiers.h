@@ -140,10 +140,16 @@ class ScoreModifiers {
     return Vec::load(gathered);
   }
 
-  // s[j * ld] = modify(element, s) for kLanes rows from r on: squares of rows by keys, transposed in registers.
+  // s[j * ld] = modify(element, s) for kLanes rows from r on: squares of rows by keys, transposed in registers unless
+  // neighbouring rows are neighbours in memory.
   template <class T, class Modify>
   void modify_tile(const ScoreView& view, Real* s, int64_t ld, int64_t r, int64_t key, int64_t keys,
                    Modify&& modify) const {
+    if (view.stride_q == 1 && visibility_.group == 1 && r + Vec::kLanes <= block_.rows) {
+      const T* column = element<T>(view, r, key);
+      for (int64_t j = 0; j < keys; ++j) modify(Vec::load(column + j * view.stride_k), s + j * ld);
+      return;
+    }
     const bool flat = is_flat(view);
     for (int64_t j = 0; j < keys; j += Vec::kLanes) {
       const int n = static_cast<int>(at_most(Vec::kLanes, keys - j));

@@ -23,7 +23,7 @@ from fastattn.calls import (
     unit_stride,
     view,
 )
-from fastattn.gradient_sums import bias_gradient, bias_sums, broadcast_strides, sinks_gradient
+from fastattn.gradient_sums import BiasSums, DiagonalSums, sinks_gradient
 
 try:
     from fastattn import _C
@@ -51,7 +51,8 @@ __all__ = [
 
 NAME = "cpu"
 FEATURES = frozenset(
-    {"window", "softcap", "alibi", "bias", "mask", "sinks", "dropout", "varlen", "leftpad", "cache_batch_idx", "paged",
+    {"window", "softcap", "alibi", "bias", "relative_bias",
+     "mask", "sinks", "dropout", "varlen", "leftpad", "cache_batch_idx", "paged",
      "kv_dtype", "gradients", "penalties", "logit_bias", "allowed", "logprobs", "survivors"}
 )  # fmt: skip
 _NO_GRADIENTS_WITH = frozenset({"leftpad", "cache_batch_idx", "paged", "kv_dtype"})
@@ -160,7 +161,8 @@ def attention_backward(
     delta = torch.empty_like(lse)
     dbias = None
     if needs_dbias and args.attn_bias is not None:
-        dbias = bias_sums(args.attn_bias, scores_shape(args), compute)
+        kind = DiagonalSums if args.bias_is_relative else BiasSums
+        dbias = kind(args.attn_bias, scores_shape(args), compute)
     # Tokens that no sequence holds are not visited.
     some_queries, some_keys = (
         args.cu_seqlens_q is not None,
@@ -181,12 +183,10 @@ def attention_backward(
         view(dq),
         view(dk),
         view(dv),
-        None if dbias is None else (dbias.data_ptr(), *broadcast_strides(dbias), DTYPES[compute]),
+        None if dbias is None else (dbias.address, *dbias.strides, DTYPES[compute], dbias.stride_slot),
     )
-    if args.attn_bias is not None and dbias is not None:
-        dbias = bias_gradient(args.attn_bias, dbias)
     dsinks = None if args.sinks is None else sinks_gradient(args.sinks, lse, delta)
-    return dq.to(q.dtype), dk, dv, dbias, dsinks
+    return dq.to(q.dtype), dk, dv, None if dbias is None else dbias.gradient(), dsinks
 
 
 def append_kv(args: KVAppendArgs) -> tuple[Tensor, Tensor]:

@@ -35,7 +35,8 @@ __all__ = [
 NAME = "reference"
 FEATURES = frozenset(
     {
-        "window", "softcap", "alibi", "bias", "mask", "sinks", "dropout", "varlen", "leftpad", "cache_batch_idx",
+        "window", "softcap", "alibi", "bias", "relative_bias",
+        "mask", "sinks", "dropout", "varlen", "leftpad", "cache_batch_idx",
         "paged", "kv_dtype", "gradients", "append_gradients", "penalties", "logit_bias", "allowed", "logprobs",
         "survivors",
     }
@@ -196,7 +197,8 @@ def _modify(args: AttentionArgs, scores: Tensor, x: _Dense) -> tuple[Tensor, Ten
     if args.softcap > 0:
         scores = args.softcap * torch.tanh(scores / args.softcap)
     if args.attn_bias is not None:
-        scores = scores + args.attn_bias.to(scores.dtype)
+        bias = args.attn_bias.to(scores.dtype)
+        scores = scores + (bias_by_score(bias, seqlen_q, seqlen_k) if args.bias_is_relative else bias)
     if args.alibi_slopes is not None:
         slopes = args.alibi_slopes.to(scores.dtype).view(-1, scores.shape[1], 1, 1)
         scores = scores - slopes * offset.abs()
@@ -211,6 +213,13 @@ def _modify(args: AttentionArgs, scores: Tensor, x: _Dense) -> tuple[Tensor, Ten
     if args.attn_mask is not None:
         visible = visible & args.attn_mask
     return scores, visible.expand_as(scores)
+
+
+def bias_by_score(relative: Tensor, seqlen_q: int, seqlen_k: int) -> Tensor:
+    """A relative bias (batch, nheads, 1, seqlen_q + seqlen_k - 1) as (batch, nheads, seqlen_q, seqlen_k)."""
+    i = torch.arange(seqlen_q, device=relative.device)[:, None]
+    j = torch.arange(seqlen_k, device=relative.device)
+    return relative[:, :, 0][:, :, j - i + seqlen_q - 1]
 
 
 def append_kv(args: KVAppendArgs) -> tuple[Tensor, Tensor]:

@@ -1,6 +1,7 @@
 """Layers that write their attention out instead of asking transformers' interface, by the name of their class.
 
-An adapter is a subclass that replaces the method with the attention in it, and takes the place of the layer's class:
+And those of T5, which ask it, but with a matrix of biases that need not be. An adapter is a subclass that replaces the
+method with the attention, or the bias, in it, and takes the place of the layer's class:
 parameters, hooks and the state_dict stay as they are. ``implementation`` is what the model's configuration must say, so
 that the model makes masks that the adapter understands.
 """
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastattn.backends import cpu_serves
 from fastattn.integrations.transformers_attention import attend
 
 
@@ -23,7 +25,7 @@ class _Adapter:
     __dict__: dict[str, Any]
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        base = type(self).__mro__[2]
+        base = next(c for c in type(self).__mro__ if issubclass(c, nn.Module) and not issubclass(c, _Adapter))
         return _remade, (base,), self.__dict__
 
 
@@ -154,9 +156,76 @@ def mpt(base: type[Any]) -> type[Any]:
     return MptAttention
 
 
+class _ByDistance(_Adapter):
+    """A bias that depends on how far a key is from a query alone, as the line of distances: no matrix is filled."""
+
+    q: nn.Linear
+    relative_attention_bias: nn.Embedding
+
+    @property
+    def biases_by_distance(self) -> bool:
+        """Whether what ``compute_bias`` returned is a line; on a GPU it is transformers' matrix."""
+        return cpu_serves(self.q.weight)
+
+    def compute_bias(
+        self, query_length: int, key_length: int, device: Any = None, past_seen_tokens: int | Tensor = 0
+    ) -> Tensor:
+        """(1, nheads, 1, seqlen_q + seqlen_k - 1), by key - query; in transformers it is seqlen_q by seqlen_k."""
+        if not self.biases_by_distance:
+            whole: Tensor = super().compute_bias(query_length, key_length, device, past_seen_tokens)  # type: ignore[misc]
+            return whole
+        distances = torch.arange(1 - query_length, key_length) - past_seen_tokens
+        values = self.relative_attention_bias(self._buckets(distances))  # (seqlen_q + seqlen_k - 1, nheads)
+        line: Tensor = values.T[None, :, None]
+        return line
+
+    def _buckets(self, distances: Tensor) -> Tensor:
+        raise NotImplementedError
+
+
+@cache
+def t5(base: type[Any]) -> type[Any]:
+    """T5 and its copies: a layer hands its bias on to the next, and cross-attention has none."""
+
+    class T5Attention(_ByDistance, base):  # type: ignore[misc]
+        def forward(
+            self, hidden_states: Tensor, *args: Any, position_bias: Tensor | None = None, **kwargs: Any
+        ) -> Any:
+            if position_bias is None and self.biases_by_distance and not self.has_relative_attention_bias:
+                position_bias = hidden_states.new_empty((1, self.n_heads, 1, 0))  # transformers' are zeros
+            return super().forward(hidden_states, *args, position_bias=position_bias, **kwargs)
+
+        def _buckets(self, distances: Tensor) -> Tensor:
+            buckets: Tensor = self._relative_position_bucket(
+                distances, not self.is_decoder, self.relative_attention_num_buckets,
+                self.relative_attention_max_distance,
+            )  # fmt: skip
+            return buckets
+
+    return T5Attention
+
+
+@cache
+def umt5(base: type[Any]) -> type[Any]:
+    """UMT5: every layer has a bias of its own, and cross-attention a matrix of zeros."""
+
+    class UMT5Attention(_ByDistance, base):  # type: ignore[misc]
+        @property
+        def biases_by_distance(self) -> bool:
+            return self.has_relative_attention_bias and super().biases_by_distance
+
+        def _buckets(self, distances: Tensor) -> Tensor:
+            buckets: Tensor = self._relative_position_bucket(distances)
+            return buckets
+
+    return UMT5Attention
+
+
 ADAPTERS: dict[str, Any] = {
     "BloomAttention": bloom,
     "FalconAttention": falcon,
     "GPTJAttention": gptj,
     "MptAttention": mpt,
+    **dict.fromkeys(("T5Attention", "MT5Attention", "Pop2PianoAttention", "SwitchTransformersAttention"), t5),
+    "UMT5Attention": umt5,
 }

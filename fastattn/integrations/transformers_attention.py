@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from fastattn import plain
 from fastattn.args import top_left
 from fastattn.attention import attention
+from fastattn.backends.reference import bias_by_score
 
 _called: set[int] | None = None
 _collector: Any = None  # transformers' own list of what a forward pass shall return besides its result
@@ -59,7 +60,8 @@ def interface(
         key: (batch, nheads_k, seqlen_k, headdim); value the same with headdim_v.
         attention_mask: None; or broadcastable to (batch, nheads, seqlen_q, seqlen_k), bool (True = may attend) or
             float (added). With None a causal layer's corner is top-left, as an empty static cache needs it.
-        position_bias: T5's, added to the scores, broadcastable likewise.
+        position_bias: T5's, added to the scores, broadcastable likewise; or of an adapter that ``biases_by_distance``,
+            (1, nheads, 1, seqlen_q + seqlen_k - 1), and nothing in it where there is none.
         s_aux, sinks: (nheads,) logits of attention sinks, by GPT-OSS's name and by others'.
         kwargs: windows, positions, ...: the mask has them.
 
@@ -72,7 +74,8 @@ def interface(
     if is_causal is None:
         is_causal = getattr(module, "is_causal", True)
     out = attend(
-        module, query, key, value, attention_mask, bias=position_bias, is_causal=is_causal, dropout=dropout,
+        module, query, key, value, attention_mask, bias=position_bias,
+        bias_is_relative=getattr(module, "biases_by_distance", False), is_causal=is_causal, dropout=dropout,
         scaling=scaling, softcap=softcap or 0.0, sinks=s_aux if s_aux is not None else sinks,
     )  # fmt: skip
     return out, None
@@ -86,6 +89,7 @@ def attend(
     mask: Tensor | None,
     *,
     bias: Tensor | None = None,
+    bias_is_relative: bool = False,
     is_causal: bool = True,
     dropout: float = 0.0,
     scaling: float | None = None,
@@ -96,8 +100,14 @@ def attend(
     if _called is not None:
         _called.add(id(module))
     seqlen_q, seqlen_k = query.shape[2], key.shape[2]
+    relative = None
+    if bias is not None and bias_is_relative:
+        if bias.numel() == 0:
+            bias = None
+        elif seqlen_q > 1:  # of one query it is a bias as any other
+            bias, relative = None, bias
     causal = mask is None and bool(is_causal) and seqlen_q > 1
-    if dropout == 0.0:
+    if dropout == 0.0 and relative is None:
         if isinstance(mask, Tensor) and mask.dim() == 4 and mask.shape[3] > seqlen_k:
             mask = mask[..., :seqlen_k]
         quick = plain.attention(
@@ -111,18 +121,22 @@ def attend(
         check_mask(module, mask, seqlen_q, seqlen_k)
         mask = mask[..., :seqlen_k]
         if mask.dtype != torch.bool:
+            if relative is not None:
+                bias, relative = bias_by_score(relative, seqlen_q, seqlen_k), None
             bias, mask = (mask if bias is None else bias + mask), None
     elif causal:
         used, causal, window = top_left(seqlen_q, seqlen_k)
         key, value = key[:, :, :used], value[:, :, :used]
         bias = bias if bias is None or bias.shape[-1] == 1 else bias[..., :used]
+        relative = None if relative is None else relative[..., : seqlen_q + used - 1]
     try:
         out = attention(
             query.transpose(1, 2),  # (batch, seqlen_q, nheads, headdim)
             key.transpose(1, 2),  # (batch, seqlen_k, nheads_k, headdim)
             value.transpose(1, 2),  # (batch, seqlen_k, nheads_k, headdim_v)
-            causal=causal, softmax_scale=scaling, window_size=window, softcap=softcap, attn_bias=bias, attn_mask=mask,
-            sinks=sinks, dropout_p=dropout,
+            causal=causal, softmax_scale=scaling, window_size=window, softcap=softcap, attn_bias=bias,
+            relative_bias=None if relative is None else relative[:, :, 0], attn_mask=mask, sinks=sinks,
+            dropout_p=dropout,
         )  # fmt: skip
     except (ValueError, TypeError, NotImplementedError) as error:
         raise type(error)(f"{name_of(module)}: {error}") from error
