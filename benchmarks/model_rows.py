@@ -5,12 +5,13 @@ default is what transformers chooses when nothing is said. "free" is the limit o
 transformers' interface: attention that returns its queries and costs nothing. Layers have the published width, but are
 fewer, so that a row takes a minute, and the vocabulary is one of 8192, so that it is layers that are timed.
 
-A row is called ``model:seqlen:forward`` or ``:training``; ``--only`` takes beginnings of such names, and with
+A row is called ``dtype:model:seqlen:forward`` or ``:training``; ``--only`` takes beginnings of such names, and with
 ``--save`` the other rows stay as they were saved: a machine that is shared can be had to oneself for one row at a time.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from fastattn.integrations.transformers import disable, enable
 
 VOCAB = 8192
 SEQLENS = (512, 2048)
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 OURS, FREE = "fastattn", "free"
 
 
@@ -61,7 +63,7 @@ TINY = {
 }  # fmt: skip
 
 
-def build(model: Model, layers: int, quick: bool) -> Any:
+def build(model: Model, layers: int, dtype: str, quick: bool) -> Any:
     """Random weights, no dropout, eval mode: what is timed is the same work every time."""
     import transformers
 
@@ -70,7 +72,7 @@ def build(model: Model, layers: int, quick: bool) -> Any:
     tokens = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 0}
     torch.manual_seed(0)
     config = getattr(transformers, model.config_class)(**settings, **tokens)
-    return getattr(transformers, model.model_class)(config).eval()
+    return getattr(transformers, model.model_class)(config).to(DTYPES[dtype]).eval()
 
 
 def given(model: Model, seqlen: int) -> dict[str, Any]:
@@ -120,10 +122,10 @@ def ways(instance: Any) -> tuple[str, dict[str, Callable[[], None]]]:
 WORKS = ("forward", "training")
 
 
-def model_rows(model: Model, seqlen: int, works: list[str], quick: bool) -> list[dict[str, Any]]:
+def model_rows(model: Model, seqlen: int, dtype: str, works: list[str], quick: bool) -> list[dict[str, Any]]:
     """Forward or training or both, and how far our logits are from the default's."""
     layers = dict(zip(SEQLENS, model.layers[1])).get(seqlen, 1)
-    instance, inputs = build(model, layers, quick), given(model, seqlen)
+    instance, inputs = build(model, layers, dtype, quick), given(model, seqlen)
     if model.config_class == "BertConfig":
         del inputs["use_cache"]
     register_free()
@@ -151,8 +153,8 @@ def model_rows(model: Model, seqlen: int, works: list[str], quick: bool) -> list
         others = {who: t for who, t in seconds.items() if who not in (OURS, FREE)}
         best = min(others, key=lambda who: others[who]["min"])
         rows.append(
-            {"model": model.name, "seqlen": seqlen, "layers": layers, "what": what, "default": default,
-             "seconds": seconds, "best": best,
+            {"model": model.name, "seqlen": seqlen, "dtype": dtype, "layers": layers, "what": what,
+             "default": default, "seconds": seconds, "best": best,
              "speedup": others[default]["min"] / seconds[OURS]["min"],
              "speedup_median": others[default]["median"] / seconds[OURS]["median"],
              "speedup_best": others[best]["min"] / seconds[OURS]["min"],
@@ -169,27 +171,31 @@ def geometric_mean(values: list[float]) -> float:
 
 def name_of(row: dict[str, Any]) -> str:
     """As ``--only`` has it."""
-    return f"{row['model']}:{row['seqlen']}:{row['what']}"
+    return f"{row['dtype']}:{row['model']}:{row['seqlen']}:{row['what']}"
 
 
 def bench_models(quick: bool, only: list[str], saved: dict[str, Any] | None) -> dict[str, Any]:
     """Every model at every length, or those of ``only``, and of ``saved`` the rest; a quick run is of tiny ones."""
     start, rows = environment(), {name_of(row): row for row in (saved or {"rows": []})["rows"]}
     names = []
-    for model in MODELS:
-        for seqlen in (32,) if quick else SEQLENS:
-            all_works = {f"{model.name}:{seqlen}:{what}": what for what in WORKS}
-            names += all_works
-            works = [what for name, what in all_works.items() if not only or name.startswith(tuple(only))]
-            for row in model_rows(model, seqlen, works, quick) if works else []:
-                rows[name_of(row)] = row
-                times = ", ".join(f"{who} {t['min'] * 1e3:.1f} ms" for who, t in row["seconds"].items())
-                print(f"{name_of(row)}: {times}: {row['speedup']:.2f}x", flush=True)
+    for dtype, model, seqlen in itertools.product(DTYPES, MODELS, (32,) if quick else SEQLENS):
+        all_works = {f"{dtype}:{model.name}:{seqlen}:{what}": what for what in WORKS}
+        names += all_works
+        works = [what for name, what in all_works.items() if not only or name.startswith(tuple(only))]
+        for row in model_rows(model, seqlen, dtype, works, quick) if works else []:
+            rows[name_of(row)] = row
+            times = ", ".join(f"{who} {t['min'] * 1e3:.1f} ms" for who, t in row["seconds"].items())
+            print(f"{name_of(row)}: {times}: {row['speedup']:.2f}x", flush=True)
     kept = [rows[name] for name in names if name in rows]
-    mean = geometric_mean([row["speedup"] for row in kept])
+    means = {
+        dtype: geometric_mean(x)
+        for dtype in DTYPES
+        if (x := [r["speedup"] for r in kept if r["dtype"] == dtype])
+    }
     slower = [name_of(row) for row in kept if row["speedup_best"] < 1]
     missing = [name for name in names if name not in rows]
-    print(f"geometric mean {mean:.2f}x the default; slower than another way: {', '.join(slower) or 'none'}")
+    told = ", ".join(f"{mean:.2f}x in {dtype}" for dtype, mean in means.items())
+    print(f"geometric means over the default: {told}; slower than another way: {', '.join(slower) or 'none'}")
     if missing:
         print(f"not measured yet: {', '.join(missing)}")
-    return {"environment": start, "rows": kept, "geometric_mean": mean}
+    return {"environment": start, "rows": kept, "geometric_means": means}

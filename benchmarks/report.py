@@ -182,7 +182,7 @@ def generate_table(record: Row) -> list[str]:
 # What enable() puts its hands on in each model of model_rows.py.
 SWITCHED = {
     "BERT-base": "interface: self-attention",
-    "T5-small": "interface: self- and cross-attention, position bias with its gradient",
+    "T5-small": "adapter: self- and cross-attention, position bias by distance, with its gradient",
     "GPT-2": "interface: causal self-attention",
     "BLOOM-560M": "adapter: causal self-attention with ALiBi",
     "Llama-3.2-1B": "interface: causal self-attention, 4 queries to a key",
@@ -192,13 +192,13 @@ SWITCHED = {
 def models_table(record: Row) -> list[str]:
     """Whole models: milliseconds, and how much faster than their default and than the best other way."""
     lines = [
-        "| model, layers | switched | tokens | forward | training step | error of the logits |",
+        "| dtype | model, layers | tokens | forward | training step | error of the logits |",
         "|---|---|---|---|---|---|",
     ]
-    by_shape: dict[tuple[str, int], dict[str, Row]] = {}
+    by_shape: dict[tuple[str, str, int], dict[str, Row]] = {}
     for row in record["rows"]:
-        by_shape.setdefault((row["model"], row["seqlen"]), {})[row["what"]] = row
-    for (model, seqlen), rows in by_shape.items():
+        by_shape.setdefault((row["dtype"], row["model"], row["seqlen"]), {})[row["what"]] = row
+    for (dtype, model, seqlen), rows in by_shape.items():
         cells = []
         for what in ("forward", "training"):
             if what not in rows:
@@ -212,15 +212,17 @@ def models_table(record: Row) -> list[str]:
                 cell += f", limit {row['limit']:.2f}x"
             cells.append(cell if row["speedup_best"] >= 1 else f"*{cell}*")
         first = next(iter(rows.values()))
-        named = f"{model}, {first['layers']} | {SWITCHED[model]}"
+        named = f"{dtype} | {model}, {first['layers']}"
         lines.append(f"| {named} | {seqlen} | {' | '.join(cells)} | {first['error']:.0e} |")
+    means = " and ".join(f"{mean:.2f}x in {dtype}" for dtype, mean in record["geometric_means"].items())
+    switched = "; ".join(f"{model}: {what}" for model, what in SWITCHED.items())
     return [
         *lines,
         "",
         f"Each cell: our time, the speed-up over the model's default attention, by name, and over another way that is "
         f"faster than it; *italics* where that other way is faster than ours; the limit is the speed-up of attention "
-        f"that costs nothing, where the model lets itself be given one. Geometric mean over the defaults: "
-        f"{record['geometric_mean']:.2f}x. The error is relative to the largest logit. "
+        f"that costs nothing, where the model lets itself be given one. Geometric mean over the defaults: {means}. The "
+        f"error is relative to the largest logit. What is switched: {switched}. "
         + footnote(record["environment"]),
     ]
 

@@ -153,7 +153,7 @@ def test_models_are_measured_and_tabled():
         row
         for model in MODELS
         if model.name.startswith(("BLOOM", "T5"))
-        for row in model_rows(model, 16, list(WORKS), True)
+        for row in model_rows(model, 16, "float32", list(WORKS), True)
     ]
     for row in rows:
         others = {who: t["min"] for who, t in row["seconds"].items() if who not in ("fastattn", "free")}
@@ -164,11 +164,13 @@ def test_models_are_measured_and_tabled():
         assert row["error"] < 1e-5
     assert {row["what"] for row in rows} == {"forward", "training"}
     assert geometric_mean([0.5, 2.0, 8.0]) == pytest.approx(2.0)
-    record = {"rows": rows, "geometric_mean": 1.0, "environment": made_record()["environment"]}
+    record = {"rows": rows, "geometric_means": {"float32": 1.25}, "environment": made_record()["environment"]}
     text = "\n".join(report.models_table(record))
-    assert "| BLOOM-560M, 1 | adapter: causal self-attention with ALiBi | 16 |" in text
+    assert "| float32 | BLOOM-560M, 1 | 16 |" in text
+    assert "BLOOM-560M: adapter: causal self-attention with ALiBi" in text
+    assert "1.25x in float32" in text
     assert "x eager" in text
     kept = {**rows[-1], "seqlen": 32, "mark": "kept"}  # only what is asked for is measured anew
-    first, second = bench_models(True, ["T5-small:32:forward"], {"rows": [kept]})["rows"]
+    first, second = bench_models(True, ["float32:T5-small:32:forward"], {"rows": [kept]})["rows"]
     assert (first["model"], first["seqlen"], first["what"]) == ("T5-small", 32, "forward")
     assert second == kept
