@@ -50,7 +50,7 @@ def test_emulated_cuda_kernels_under_sanitizers(dtype, preload, cuda_bindings, t
     families = [family for family in PROBES if (family in FLOAT_FAMILIES) == (dtype == "float")]
     headdims = tuple({HEADDIM_OF[family] for family in families})
     objects = compile_units(
-        tmp_path, headdims=headdims, flags=("-O1", "-w", f"-DFASTATTN_CUDA_TYPES={dtype}", *SANITIZE)
+        tmp_path, headdims=headdims, flags=("-Og", "-w", f"-DFASTATTN_CUDA_TYPES={dtype}", *SANITIZE)
     )
     module = link(tmp_path, cuda_bindings, objects, SANITIZE[:1])
     out = run(sys.executable, "tests/simt/sanitized.py", "probe", module, *families, **preload)

@@ -368,7 +368,7 @@ def healthy_units(bindings: Path) -> dict[str, Path]:
 
 def _flags(family: str) -> tuple[str, ...]:
     """Quick to build: one dtype."""
-    level, dtype = ("-O0", "float") if family in FLOAT_FAMILIES else ("-O1", "f16_t")
+    level, dtype = ("-O0", "float") if family in FLOAT_FAMILIES else ("-Og", "f16_t")
     return (level, "-w", f"-DFASTATTN_CUDA_TYPES={dtype}")
 
 
