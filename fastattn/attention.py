@@ -59,8 +59,8 @@ def attention(
         alibi_slopes: (nheads,) or (batch, nheads) float32; adds ``-slope * |i + seqlen_k - seqlen_q - j|``.
         attn_bias: float, broadcastable to (batch, nheads, seqlen_q, seqlen_k), added to the scores.
         relative_bias: float, broadcastable to (batch, nheads, seqlen_q + seqlen_k - 1): what is added to the score of
-            query i and key j stands at ``j - i + seqlen_q - 1``, as in T5 (arXiv 1910.10683). No matrix of biases or of
-            their gradients is ever in memory. Not together with attn_bias.
+            query i and key j stands at ``j - i + seqlen_q - 1``, as in T5 (arXiv 1910.10683). No matrix of biases is in
+            memory; of their gradients none on a CPU. Not together with attn_bias.
         attn_mask: bool, broadcastable to (batch, nheads, seqlen_q, seqlen_k), True = may attend.
         sinks: (nheads,) logits of one more column without a value in every softmax.
         dropout_p: probability of dropping an attention weight.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn.functional import fold
+from torch.nn.functional import fold, pad
 
 SLOT_KEYS = 64  # csrc/params.h, kBiasSlotKeys
 
@@ -54,8 +54,22 @@ class DiagonalSums:
         """What the sums hold after the call, in the bias' shape and dtype."""
         batch, nheads, slots, width = self.sums.shape
         columns = self.sums.flip(3).flatten(0, 1).transpose(1, 2)  # (batch * nheads, width, slots)
-        total = fold(columns, (1, (slots - 1) * SLOT_KEYS + width), (1, width), stride=(1, SLOT_KEYS))
-        return total.view(batch, nheads, 1, -1)[..., : self.bias.shape[3]].to(self.bias.dtype)
+        diagonals = (slots - 1) * SLOT_KEYS + width  # and what the last slot has too much
+        total = fold(columns, (1, diagonals), (1, width), stride=(1, SLOT_KEYS))
+        return total.view(batch, nheads, 1, diagonals)[..., : self.bias.shape[3]].to(self.bias.dtype)
+
+
+def scores_to_bias(dscores: Tensor, bias: Tensor, is_relative: bool) -> Tensor:
+    """The gradient of the scores (batch, nheads, seqlen_q, seqlen_k) added up over what ``bias`` spreads."""
+    if is_relative:
+        _, _, seqlen_q, seqlen_k = dscores.shape
+        diagonals = bias.shape[3]
+        dscores = dscores.sum_to_size((*bias.shape[:2], seqlen_q, seqlen_k))
+        # A row one element longer than there are diagonals: seen without it, each row starts one further right.
+        rows = pad(dscores.flip(2), (0, diagonals + 1 - seqlen_k)).flatten(2)
+        skewed = rows[..., : seqlen_q * diagonals].view(*bias.shape[:2], seqlen_q, diagonals)
+        dscores = skewed.sum(2, keepdim=True)
+    return dscores.sum_to_size(bias.shape).to(bias.dtype)
 
 
 def sinks_gradient(sinks: Tensor, lse: Tensor, delta: Tensor) -> Tensor:

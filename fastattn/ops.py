@@ -99,7 +99,8 @@ def _check_no_tangents(args: AttentionArgs) -> None:
         if x is None:
             continue
         if forward_ad.unpack_dual(x).tangent is not None:  # type: ignore[no-untyped-call]
-            raise NotImplementedError(f"{name}: attention has no forward-mode derivative, use backward mode")
+            given = "relative_bias" if name == "attn_bias" and args.bias_is_relative else name
+            raise NotImplementedError(f"{given}: attention has no forward-mode derivative, use backward mode")
 
 
 def attention_backward(

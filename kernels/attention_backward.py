@@ -256,9 +256,9 @@ def config_of(configs: list[dict[str, int]], q: Tensor, v: Tensor) -> dict[str, 
 def backward(
     args: Any, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None, *, needs_dbias: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
-    """``dq, dk, dv, dbias, dsinks`` in their inputs' shapes and dtypes, of a forward call's ``out`` and ``lse``.
+    """``dq, dk, dv, dscores, dsinks`` of a forward call's ``out`` and ``lse``.
 
-    dbias takes (batch, nheads, seqlen_q, seqlen_k) float32 of memory on the way.
+    In their inputs' shapes and dtypes, but dscores (batch, nheads, seqlen_q, seqlen_k) float32, if needs_dbias.
     """
     q, k, v = unit_stride(args.q), unit_stride(args.k), unit_stride(args.v)
     out, dout = unit_stride(out), unit_stride(dout)
@@ -269,7 +269,7 @@ def backward(
     places = {"lse_batch": 0 if packed else nheads * total_q, "lse_head": total_q}
     dq, dk, dv = (torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     scores = (args.batch, nheads, args.max_seqlen_q if packed else total_q, keys_of(args))
-    dbias = torch.zeros(scores, dtype=torch.float32, device=q.device) if needs_dbias else None
+    dscores = torch.zeros(scores, dtype=torch.float32, device=q.device) if needs_dbias else None
     if lse.numel():
         rows = q.shape[0] * nheads
         delta_kernel.launch(
@@ -286,8 +286,8 @@ def backward(
         if scores[2]:
             attention_dq_kernel.launch(
                 lambda blocks: (triton.cdiv(scores[2], blocks["BLOCK_M"]) * args.batch * nheads,),
-                config_of(DQ_CONFIGS, q, v), dq=dq, dbias=dbias, longest=scores[2], **dq_places,
-                **strides(dbias, "dbias_batch", "dbias_head", "dbias_row"), **shared,
+                config_of(DQ_CONFIGS, q, v), dq=dq, dbias=dscores, longest=scores[2], **dq_places,
+                **strides(dscores, "dbias_batch", "dbias_head", "dbias_row"), **shared,
             )  # fmt: skip
         if scores[3] and k.numel():
             attention_dkdv_kernel.launch(
@@ -301,11 +301,4 @@ def backward(
         weight = torch.exp(args.sinks.float()[:, None] - lse).masked_fill(lse == -torch.inf, 0.0)
         total = (weight * delta).sum(-1) if lse.numel() else torch.zeros_like(lse[..., 0])
         dsinks = -(total if packed else total.sum(0)).to(args.sinks.dtype)
-    return dq, dk, dv, _summed(dbias, args.attn_bias), dsinks
-
-
-def _summed(full: Tensor | None, bias: Tensor | None) -> Tensor | None:
-    """The gradient of the scores added up over what ``bias`` broadcasts."""
-    if full is None or bias is None:
-        return None
-    return full.sum_to_size(bias.shape).to(bias.dtype)
+    return dq, dk, dv, dscores, dsinks

@@ -111,14 +111,26 @@ def per_row(like: Tensor, dtype: torch.dtype, **numbers: float | Tensor) -> dict
     return call
 
 
+def bias_call(args: Any, scores: tuple[int, ...]) -> dict[str, Any]:
+    """The bias and its strides; ``scores`` is (batch, nheads, seqlen_q, seqlen_k)."""
+    names, bias = ("bias_batch", "bias_head", "bias_row", "bias_key"), args.attn_bias
+    if bias is not None and bias.dtype == torch.float64:
+        bias = bias.float()
+    if bias is None or not args.bias_is_relative:
+        bias = None if bias is None else bias.expand(scores)
+        return {"bias": bias, **strides(bias, *names)}
+    # One line per head, in which a query stands right of the one before it, and a key left.
+    line = (
+        bias.flip(3).contiguous().expand(*scores[:2], -1, -1)
+    )  # (batch, nheads, 1, seqlen_q + seqlen_k - 1)
+    return {"bias": line[..., max(0, scores[3] - 1) :], **dict(zip(names, (*line.stride()[:2], 1, -1)))}
+
+
 def attention_call(args: Any, q: Tensor, k: Tensor, v: Tensor) -> dict[str, Any]:
     """The arguments that every attention kernel takes; ``args`` is an ``AttentionArgs``."""
     packed = args.cu_seqlens_q is not None
     nheads, nheads_k = q.shape[2], k.shape[2]
     scores = (args.batch, nheads, args.max_seqlen_q or q.shape[1], keys_of(args))
-    bias = args.attn_bias
-    if bias is not None:
-        bias = (bias.float() if bias.dtype == torch.float64 else bias).expand(scores)
     mask = None if args.attn_mask is None else args.attn_mask.view(torch.uint8).expand(scores)
     slopes = None if args.alibi_slopes is None else args.alibi_slopes.float().contiguous()
     left, right = args.window_size
@@ -128,7 +140,7 @@ def attention_call(args: Any, q: Tensor, k: Tensor, v: Tensor) -> dict[str, Any]
         "q": q, "k": k, "v": v,
         "cu_seqlens_q": args.cu_seqlens_q, "cu_seqlens_k": args.cu_seqlens_k, "seqlens_k": args.seqlens_k,
         "leftpad": args.k_leftpad, "batch_idx": args.cache_batch_idx, "table": args.block_table,
-        "slopes": slopes, "bias": bias, "mask": mask,
+        "slopes": slopes, "mask": mask,
         "sinks": None if args.sinks is None else args.sinks.float().contiguous(),
         "rng_state": None if args.rng_state is None else args.rng_state.to(q.device, non_blocking=True),
         **strides(q, "q_batch", "q_row", "q_head"),
@@ -136,7 +148,7 @@ def attention_call(args: Any, q: Tensor, k: Tensor, v: Tensor) -> dict[str, Any]
         **strides(v, "v_batch", "v_row", "v_head"),
         **strides(args.block_table, "table_batch"),
         "slopes_batch": slopes.stride(0) if slopes is not None and slopes.dim() == 2 else 0,
-        **strides(bias, "bias_batch", "bias_head", "bias_row", "bias_key"),
+        **bias_call(args, scores),
         **strides(mask, "mask_batch", "mask_head", "mask_row", "mask_key"),
         "nheads": nheads, "seqlen_q": q.shape[1], "seqlen_k": k.shape[1], "page_size": k.shape[1],
         "headdim": q.shape[3], "headdim_v": v.shape[3],

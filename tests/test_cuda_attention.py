@@ -146,6 +146,16 @@ def test_large_scores(machine):
     torch.testing.assert_close(out.double(), mean, rtol=0, atol=2e-3)
 
 
+@pytest.mark.parametrize("lengths", [(70, 133), (3, 600)], ids=str)
+def test_relative_bias(machine, lengths):
+    """The bits of the matrix that it stands for; of few queries keys are split."""
+    q, k, v = tensors(torch.float16, 1, *lengths, 2, 1, 64)
+    line = torch.randn(1, 2, 1, sum(lengths) - 1)
+    found = checked(machine, plain_args(q, k, v, attn_bias=line, bias_is_relative=True))
+    expected = checked(machine, plain_args(q, k, v, attn_bias=reference.bias_by_score(line, *lengths)))
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
 @pytest.mark.parametrize("length", [1, 511, 512, 513, 1100])
 @pytest.mark.parametrize(
     "features", [{}, {"causal": True, "window_size": (300, 0)}, {"sinks": True}, {"alibi": True}]

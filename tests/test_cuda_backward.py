@@ -9,6 +9,7 @@ from test_cuda_attention import AXES, NOTHING, plain_args, tensors
 from test_features import build, by_hand, close_enough, gradients, widened
 
 from fastattn.backends import cpu
+from fastattn.backends.reference import bias_by_score
 
 CASES = all_pairs(
     AXES
@@ -107,6 +108,23 @@ def test_no_schedule_changes_a_bit(machine, dtype, headdim):
         found = run(machine, q, k, v, call, dout, seed=seed, landing=landing)
         assert all(torch.equal(found[name], expected[name]) for name in expected)
     check(machine, q, k, v, call, dout, "causal")
+
+
+@pytest.mark.parametrize(
+    ("dtype", "lengths"), [(torch.bfloat16, (70, 133)), (torch.float32, (133, 70))], ids=str
+)
+def test_relative_bias(machine, dtype, lengths):
+    """The bits of the matrix that it stands for; and the sums of that one's gradient by diagonals."""
+    q, k, v = tensors(dtype, 2, *lengths, 2, 1, 64)
+    dout, line = torch.randn_like(q), torch.randn(1, 2, 1, sum(lengths) - 1, requires_grad=True)
+    whole = bias_by_score(line, *lengths)
+    expected = run(machine, q, k, v, {"causal": True, "attn_bias": whole.detach()}, dout)
+    found = run(
+        machine, q, k, v, {"causal": True, "attn_bias": line.detach(), "bias_is_relative": True}, dout
+    )
+    assert all(torch.equal(found[name], expected[name]) for name in ("q", "k", "v"))
+    (dline,) = torch.autograd.grad(whole, line, expected["attn_bias"])
+    torch.testing.assert_close(found["attn_bias"], dline, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -145,6 +145,18 @@ def test_biases_by_distance_are_lines(name, models, monkeypatch):
     assert all(n == seqlen_q + seqlen_k - 1 for n, seqlen_q, seqlen_k in lines)
 
 
+@pytest.mark.parametrize("name", ["T5", "UMT5"])
+def test_an_enabled_model_told_to_attend_otherwise(name, models):
+    """As the warning about weights advises: transformers' own attention gets its matrix of biases."""
+    model, given = build(name), inputs(name, "right")
+    expected = logits(model, given)
+    enable(model)
+    model.set_attn_implementation("eager")
+    assert torch.equal(logits(model, given), expected)
+    model.set_attn_implementation("fastattn")
+    torch.testing.assert_close(logits(model, given), expected, atol=2e-4, rtol=2e-4)
+
+
 def test_falcon_with_alibi_is_that_of_sdpa():
     """Its eager code adds ALiBi twice; see DESIGN of the mask in modeling_falcon.py."""
     given = inputs("Falcon", "left")

@@ -90,10 +90,11 @@ def samples():
         q[:1], k[:1], v[:1], 0.5, cu_seqlens_q=cu, cu_seqlens_k=cu, max_seqlen_q=2, max_seqlen_k=2
     )
     yield AttentionArgs(q, k, v, 0.5, seqlens_k=torch.tensor([5, 2], dtype=torch.int32))
+    yield AttentionArgs(q, k, v, 0.5, attn_bias=torch.randn(1, 4, 1, 7), bias_is_relative=True)
 
 
 @pytest.mark.parametrize("with_grad", [False, True])
-@pytest.mark.parametrize("which", range(6))
+@pytest.mark.parametrize("which", range(len(list(samples()))))
 def test_opcheck(which, with_grad):
     args = list(samples())[which]
     flat = list(ops._flat(args, "auto"))

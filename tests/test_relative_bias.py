@@ -13,7 +13,7 @@ from tolerance import assert_accurate
 from torch import Tensor
 
 from fastattn import attention
-from fastattn.gradient_sums import SLOT_KEYS
+from fastattn.gradient_sums import SLOT_KEYS, scores_to_bias
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
@@ -209,11 +209,11 @@ def test_autocast():
 
 
 def test_empty():
-    for seqlen_q, seqlen_k in itertools.product((0, 3), repeat=2):
-        q, k, v, _ = inputs(torch.float32, 1, seqlen_q, seqlen_k, 2, 2, 8)
-        relative = torch.randn(2, max(0, seqlen_q + seqlen_k - 1), requires_grad=True)
+    for batch, seqlen_q, seqlen_k in itertools.product((0, 1), (0, 3), (0, 3)):
+        q, k, v, _ = inputs(torch.float32, batch, seqlen_q, seqlen_k, 2, 2, 8)
+        relative = torch.randn(batch, 2, max(0, seqlen_q + seqlen_k - 1), requires_grad=True)
         out = attention(q, k, v, relative_bias=relative)
-        assert out.shape == (1, seqlen_q, 2, 8)
+        assert out.shape == (batch, seqlen_q, 2, 8)
         if not seqlen_k:
             assert not out.any()
         (found,) = torch.autograd.grad(out.sum(), relative)
@@ -243,14 +243,22 @@ def test_errors(relative, message):
         attention(q, k, v, relative_bias=relative)
 
 
-def test_one_bias_at_a_time_and_who_has_it():
+def test_one_bias_at_a_time():
     q, k, v, _ = inputs(torch.float32, 1, 20, 30, 2, 2, 16)
-    relative = torch.zeros(2, 49)
     with pytest.raises(ValueError, match="relative_bias: expected None together with attn_bias"):
-        attention(q, k, v, relative_bias=relative, attn_bias=torch.zeros(20, 30))
-    from fastattn.args import AttentionArgs
-    from fastattn.backends import cuda, triton
+        attention(q, k, v, relative_bias=torch.zeros(2, 49), attn_bias=torch.zeros(20, 30))
 
-    args = AttentionArgs(q, k, v, 1.0, attn_bias=relative[None, :, None], bias_is_relative=True)
-    for backend in (cuda, triton):
-        assert "relative_bias" in args.features() - backend.FEATURES
+
+@pytest.mark.parametrize(("seqlen_q", "seqlen_k"), [(20, 30), (30, 20), (1, 9), (9, 1), (0, 5), (5, 0)])
+@pytest.mark.parametrize("shape", [(1, 1), (1, 2), (3, 1), (3, 2)])
+def test_gradients_of_scores_are_added_up_by_diagonals(shape, seqlen_q, seqlen_k):
+    """What backends do that write out dS."""
+    leaf = torch.randn(*shape, seqlen_q + seqlen_k - 1, dtype=torch.float64, requires_grad=True)
+    dscores = torch.randn(3, 2, seqlen_q, seqlen_k, dtype=torch.float64)
+    found = scores_to_bias(dscores, leaf[:, :, None], is_relative=True)
+    if seqlen_q == 0:
+        assert not found.any()
+        return
+    spread = matrix(leaf, seqlen_q, seqlen_k).expand(3, 2, -1, -1)
+    (expected,) = torch.autograd.grad(spread, leaf, dscores)
+    torch.testing.assert_close(found[:, :, 0], expected)

@@ -51,9 +51,8 @@ __all__ = [
 
 NAME = "cpu"
 FEATURES = frozenset(
-    {"window", "softcap", "alibi", "bias", "relative_bias",
-     "mask", "sinks", "dropout", "varlen", "leftpad", "cache_batch_idx", "paged",
-     "kv_dtype", "gradients", "penalties", "logit_bias", "allowed", "logprobs", "survivors"}
+    {"window", "softcap", "alibi", "bias", "relative_bias", "mask", "sinks", "dropout", "varlen", "leftpad",
+     "cache_batch_idx", "paged", "kv_dtype", "gradients", "penalties", "logit_bias", "allowed", "logprobs", "survivors"}
 )  # fmt: skip
 _NO_GRADIENTS_WITH = frozenset({"leftpad", "cache_batch_idx", "paged", "kv_dtype"})
 

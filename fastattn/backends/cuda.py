@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from fastattn import calls
-from fastattn.gradient_sums import sinks_gradient
+from fastattn.gradient_sums import scores_to_bias, sinks_gradient
 
 try:
     from fastattn import _cuda
@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 
 NAME = "cuda"
 FEATURES = frozenset(
-    {"window", "softcap", "alibi", "bias", "mask", "sinks", "dropout", "varlen", "leftpad", "cache_batch_idx", "paged",
-     "gradients", "survivors", "penalties", "logit_bias", "allowed", "logprobs"}
+    {"window", "softcap", "alibi", "bias", "relative_bias", "mask", "sinks", "dropout", "varlen", "leftpad",
+     "cache_batch_idx", "paged", "gradients", "survivors", "penalties", "logit_bias", "allowed", "logprobs"}
 )  # fmt: skip
 _NO_GRADIENTS_WITH = frozenset({"leftpad", "cache_batch_idx", "paged"})
 MAX_HEADDIM = 256  # csrc/cuda/launch.cu, FASTATTN_CUDA_HEADDIMS
@@ -155,7 +155,7 @@ def attention_backward(
             _stream(q),
         )
     if args.attn_bias is not None and dbias is not None:
-        dbias = dbias.sum_to_size(args.attn_bias.shape).to(args.attn_bias.dtype)
+        dbias = scores_to_bias(dbias, args.attn_bias, args.bias_is_relative)
     dsinks = None if args.sinks is None else sinks_gradient(args.sinks, lse, delta)
     headdim, headdim_v = args.q.shape[3], args.v.shape[3]
     return _narrowed(dq, headdim), _narrowed(dk, headdim), _narrowed(dv, headdim_v), dbias, dsinks

@@ -35,10 +35,9 @@ __all__ = [
 NAME = "reference"
 FEATURES = frozenset(
     {
-        "window", "softcap", "alibi", "bias", "relative_bias",
-        "mask", "sinks", "dropout", "varlen", "leftpad", "cache_batch_idx",
-        "paged", "kv_dtype", "gradients", "append_gradients", "penalties", "logit_bias", "allowed", "logprobs",
-        "survivors",
+        "window", "softcap", "alibi", "bias", "relative_bias", "mask", "sinks", "dropout", "varlen", "leftpad",
+        "cache_batch_idx", "paged", "kv_dtype", "gradients", "append_gradients", "penalties", "logit_bias", "allowed",
+        "logprobs", "survivors",
     }
 )  # fmt: skip
 

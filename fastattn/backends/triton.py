@@ -10,13 +10,15 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from fastattn.gradient_sums import scores_to_bias
+
 if TYPE_CHECKING:
     from fastattn.args import AttentionArgs, KVAppendArgs, SamplingArgs
 
 NAME = "triton"
 FEATURES = frozenset(
-    {"window", "softcap", "alibi", "bias", "mask", "sinks", "dropout", "varlen", "leftpad", "cache_batch_idx", "paged",
-     "gradients", "survivors", "penalties", "logit_bias", "allowed", "logprobs"}
+    {"window", "softcap", "alibi", "bias", "relative_bias", "mask", "sinks", "dropout", "varlen", "leftpad",
+     "cache_batch_idx", "paged", "gradients", "survivors", "penalties", "logit_bias", "allowed", "logprobs"}
 )  # fmt: skip
 _NO_GRADIENTS_WITH = frozenset({"leftpad", "cache_batch_idx", "paged"})
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -80,10 +82,17 @@ def attention(args: AttentionArgs) -> tuple[Tensor, Tensor | None]:
 def attention_backward(
     args: AttentionArgs, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None, *, needs_dbias: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
-    """``dq, dk, dv, dbias, dsinks`` of a call of ``attention`` that gave ``out`` and ``lse``."""
+    """``dq, dk, dv, dbias, dsinks`` of a call of ``attention`` that gave ``out`` and ``lse``.
+
+    dbias takes (batch, nheads, seqlen_q, seqlen_k) float32 of memory on the way.
+    """
     from fastattn.kernels.attention_backward import backward
 
-    return backward(args, out, lse, dout, dlse, needs_dbias=needs_dbias)
+    wanted = needs_dbias and args.attn_bias is not None
+    dq, dk, dv, dbias, dsinks = backward(args, out, lse, dout, dlse, needs_dbias=wanted)
+    if args.attn_bias is not None and dbias is not None:
+        dbias = scores_to_bias(dbias, args.attn_bias, args.bias_is_relative)
+    return dq, dk, dv, dbias, dsinks
 
 
 def append_kv(args: KVAppendArgs) -> tuple[Tensor, Tensor]:

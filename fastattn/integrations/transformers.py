@@ -7,7 +7,8 @@
     model = AutoModelForCausalLM.from_pretrained(path, attn_implementation="fastattn")
 
 Models that look their attention up in transformers' interface are switched there. BLOOM, Falcon, MPT and GPT-J write
-it out themselves: ``enable`` gives their layers the adapters of ``transformers_adapters``. Everything else is refused.
+it out themselves: ``enable`` gives their layers the adapters of ``transformers_adapters``, and so T5's, which then need
+no matrix of biases. Everything else is refused.
 The key-value cache, masks, windows and positions stay transformers' own; dropout draws from our generator.
 """
 

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastattn.backends import cpu_serves
 from fastattn.integrations.transformers_attention import attend
 
 
@@ -159,25 +158,30 @@ def mpt(base: type[Any]) -> type[Any]:
 class _ByDistance(_Adapter):
     """A bias that depends on how far a key is from a query alone, as the line of distances: no matrix is filled."""
 
-    q: nn.Linear
+    config: Any
     relative_attention_bias: nn.Embedding
 
     @property
     def biases_by_distance(self) -> bool:
-        """Whether what ``compute_bias`` returned is a line; on a GPU it is transformers' matrix."""
-        return cpu_serves(self.q.weight)
+        """Not while ``set_attn_implementation`` has put others in our place, who know matrices."""
+        return bool(self.config._attn_implementation == self.implementation)
 
     def compute_bias(
         self, query_length: int, key_length: int, device: Any = None, past_seen_tokens: int | Tensor = 0
     ) -> Tensor:
         """(1, nheads, 1, seqlen_q + seqlen_k - 1), by key - query; in transformers it is seqlen_q by seqlen_k."""
         if not self.biases_by_distance:
-            whole: Tensor = super().compute_bias(query_length, key_length, device, past_seen_tokens)  # type: ignore[misc]
-            return whole
-        distances = torch.arange(1 - query_length, key_length) - past_seen_tokens
-        values = self.relative_attention_bias(self._buckets(distances))  # (seqlen_q + seqlen_k - 1, nheads)
-        line: Tensor = values.T[None, :, None]
-        return line
+            matrix: Tensor = super().compute_bias(query_length, key_length, device, past_seen_tokens)  # type: ignore[misc]
+            return matrix
+        device = self.relative_attention_bias.weight.device if device is None else device
+        distances = (
+            torch.arange(1 - query_length, max(key_length, 1 - query_length), device=device)
+            - past_seen_tokens
+        )
+        values: Tensor = self.relative_attention_bias(
+            self._buckets(distances)
+        )  # (seqlen_q + seqlen_k - 1, nheads)
+        return values.T[None, :, None]
 
     def _buckets(self, distances: Tensor) -> Tensor:
         raise NotImplementedError
@@ -212,7 +216,7 @@ def umt5(base: type[Any]) -> type[Any]:
     class UMT5Attention(_ByDistance, base):  # type: ignore[misc]
         @property
         def biases_by_distance(self) -> bool:
-            return self.has_relative_attention_bias and super().biases_by_distance
+            return bool(self.has_relative_attention_bias) and super().biases_by_distance
 
         def _buckets(self, distances: Tensor) -> Tensor:
             buckets: Tensor = self._relative_position_bucket(distances)

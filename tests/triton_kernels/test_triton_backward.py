@@ -13,6 +13,7 @@ from test_features import build, by_hand, close_enough, gradients
 from fastattn import attention, attention_varlen
 from fastattn.args import AttentionArgs
 from fastattn.backends import triton
+from fastattn.backends.reference import bias_by_score
 from fastattn.kernels.launch import fixed_blocks
 
 AXES = {
@@ -70,6 +71,18 @@ def test_gradients(number):
         assert torch.isfinite(grad).all(), f"d{name} {case}"
         label = f"d{name} {case}"
         close_enough(grad, yardstick[name], truth[name], 3.0, 3e-6, label, torch.finfo(q.dtype).eps, 8)
+
+
+def test_relative_bias():
+    """The values of the matrix that it stands for; and the sums of that one's gradient by diagonals."""
+    q, k, v, dout = (torch.randn(2, n, 2, 16) for n in (19, 34, 34, 19))
+    line = torch.randn(1, 2, 1, 52, requires_grad=True)
+    whole = bias_by_score(line, 19, 34)
+    expected = triton_gradients(q, k, v, {"attn_bias": whole.detach()}, dout)
+    found = triton_gradients(q, k, v, {"attn_bias": line.detach(), "bias_is_relative": True}, dout)
+    (expected["attn_bias"],) = torch.autograd.grad(whole, line, expected["attn_bias"])
+    for name, x in found.items():
+        torch.testing.assert_close(x, expected[name], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(("block_m", "block_n"), [(32, 16), (16, 32)])
