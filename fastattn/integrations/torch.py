@@ -128,6 +128,8 @@ def _activate() -> _Override:
 def _tag_caches(tag: str | None) -> str | None:
     """What was compiled with the other attention must not be used: not in this process, not from the disk.
 
+    Nor what calls our operators as an earlier version had them.
+
     Returns:
         The tag of compiled code before, to be handed in when switching back.
     """
@@ -139,7 +141,7 @@ def _tag_caches(tag: str | None) -> str | None:
     if not hasattr(config, "cache_key_tag"):
         return None
     before: str = config.cache_key_tag
-    config.cache_key_tag = f"{before}+{NAME}" if tag is None else tag
+    config.cache_key_tag = f"{before}+{torch.ops.fastattn.attention.default._schema}" if tag is None else tag
     return before
 
 
