@@ -187,14 +187,13 @@ def bench_models(quick: bool, only: list[str], saved: dict[str, Any] | None) -> 
             times = ", ".join(f"{who} {t['min'] * 1e3:.1f} ms" for who, t in row["seconds"].items())
             print(f"{name_of(row)}: {times}: {row['speedup']:.2f}x", flush=True)
     kept = [rows[name] for name in names if name in rows]
-    means = {
-        dtype: geometric_mean(x)
-        for dtype in DTYPES
-        if (x := [r["speedup"] for r in kept if r["dtype"] == dtype])
+    speedups = {
+        name: [r["speedup"] for r in kept if name in ("all", r["dtype"])] for name in ("all", *DTYPES)
     }
+    means = {name: geometric_mean(x) for name, x in speedups.items() if x}
     slower = [name_of(row) for row in kept if row["speedup_best"] < 1]
     missing = [name for name in names if name not in rows]
-    told = ", ".join(f"{mean:.2f}x in {dtype}" for dtype, mean in means.items())
+    told = ", ".join(f"{mean:.2f}x ({name})" for name, mean in means.items())
     print(f"geometric means over the default: {told}; slower than another way: {', '.join(slower) or 'none'}")
     if missing:
         print(f"not measured yet: {', '.join(missing)}")

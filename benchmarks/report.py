@@ -214,7 +214,7 @@ def models_table(record: Row) -> list[str]:
         first = next(iter(rows.values()))
         named = f"{dtype} | {model}, {first['layers']}"
         lines.append(f"| {named} | {seqlen} | {' | '.join(cells)} | {first['error']:.0e} |")
-    means = " and ".join(f"{mean:.2f}x in {dtype}" for dtype, mean in record["geometric_means"].items())
+    means = ", ".join(f"{mean:.2f}x ({name})" for name, mean in record["geometric_means"].items())
     switched = "; ".join(f"{model}: {what}" for model, what in SWITCHED.items())
     return [
         *lines,

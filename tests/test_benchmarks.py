@@ -168,7 +168,7 @@ def test_models_are_measured_and_tabled():
     text = "\n".join(report.models_table(record))
     assert "| float32 | BLOOM-560M, 1 | 16 |" in text
     assert "BLOOM-560M: adapter: causal self-attention with ALiBi" in text
-    assert "1.25x in float32" in text
+    assert "1.25x (float32)" in text
     assert "x eager" in text
     kept = {**rows[-1], "seqlen": 32, "mark": "kept"}  # only what is asked for is measured anew
     first, second = bench_models(True, ["float32:T5-small:32:forward"], {"rows": [kept]})["rows"]
