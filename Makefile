@@ -25,7 +25,7 @@ PYTEST = OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n 2 --dist loadscope -
 test: build $(VENV)/.test
 	$(PYTEST) -m "not slow"
 
-# The planted bugs that are not one of each kind, which `make test` plants.
+# The planted bugs beyond the twelve of each family that `make test` plants.
 test-slow: build $(VENV)/.test
 	$(BIN)/python -m pytest -m slow
 

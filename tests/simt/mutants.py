@@ -347,6 +347,17 @@ CORE = {
     "a boundary tile of keys counts as open", "a boundary tile of rows counts as open", "the last tile of rows skipped",
     "gradients of keys beyond the sequence are written", "dropout words of the other key",
     "gradients of floats: tiles as large as of 16 bits",
+    "q rows of the other half", "probabilities shuffled by some lanes", "even keys taken twice",
+    "floats: keys lie as high as queries", "floats: a key's next chunk", "floats: probabilities of the warp's first row",
+    "floats: values read past the swizzle", "floats: keys of a tile without swizzle",
+    "floats: lines that go nowhere are written", "floats: columns past headdim are written",
+    "floats: the second half of a combined chunk over the first",
+    "gradients of floats: weights shuffled by some lanes", "gradients of floats: own tiles overlap",
+    "gradients of floats: room for half the statistics", "gradients of floats: columns past headdim are written",
+    "gradients of floats: tiles without swizzle", "shared lines: sums read before they are written",
+    "shared lines: sums overwritten before they are read", "shared lines: all warps meet where two do",
+    "shared lines: both warps add up the first part", "shared lines: parts stored over each other",
+    "shared lines: the second part reaches past headdim",
 }  # fmt: skip
 
 
