@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from simt.mutants import CORE, FLOAT_FAMILIES, MUTANTS, TABLE, UNITS_OF, witnesses
+from simt.mutants import CORE, MUTANTS, TABLE, UNITS_OF, witnesses
 
 
 @pytest.mark.parametrize(
@@ -17,9 +17,7 @@ def test_a_planted_bug_is_seen(bug, cuda_bindings, tmp_path):
     assert set(found) & set(json.loads(TABLE.read_text())[bug.name])
 
 
-@pytest.mark.parametrize(
-    "family", [pytest.param(f, marks=pytest.mark.slow) if f in FLOAT_FAMILIES else f for f in UNITS_OF]
-)
+@pytest.mark.parametrize("family", UNITS_OF)
 def test_without_a_bug_nothing_is_seen(family, cuda_bindings, tmp_path):
     """The mutants' own build; of floats a further one, which only their mutants share."""
     assert witnesses(family, cuda_bindings, tmp_path) == []
