@@ -47,9 +47,7 @@ class AttentionArgs:
     softcap: float = 0.0
     alibi_slopes: Tensor | None = None  # (nheads,) or (batch, nheads), float32
     attn_bias: Tensor | None = None  # broadcastable to (batch, nheads, seqlen_q, seqlen_k), float
-    bias_is_relative: bool = (
-        False  # attn_bias is (batch or 1, nheads or 1, 1, seqlen_q + seqlen_k - 1), by j - i
-    )
+    bias_is_relative: bool = False  # attn_bias is (batch|1, nheads|1, 1, seqlen_q + seqlen_k - 1), by j - i
     attn_mask: Tensor | None = None  # the same, bool, True = may attend
     sinks: Tensor | None = None  # (nheads,)
     dropout_p: float = 0.0

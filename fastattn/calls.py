@@ -58,16 +58,16 @@ class Modifiers:
         shape = scores_shape(args)
         slopes = None if args.alibi_slopes is None else args.alibi_slopes.to(compute).contiguous()
         sinks = None if args.sinks is None else args.sinks.to(compute).contiguous()
-        bias, mask = args.attn_bias, args.attn_mask
+        bias, bias_call, mask = args.attn_bias, None, args.attn_mask
         if bias is not None:
             # Kernels read float32 and the 16-bit floats as they are; everything else becomes what they compute in.
             if compute == torch.float64 or bias.dtype not in FLOAT_DTYPES:
                 bias = bias.to(compute)
-            bias = bias.resolve_neg()
+            spread = _by_diagonal if args.bias_is_relative else _by_score
+            bias, bias_call = spread(bias.resolve_neg(), shape)
         if mask is not None:
             mask = mask.expand(shape)
         seed, offset = (0, 0) if args.rng_state is None else args.rng_state.tolist()
-        bias, bias_call = (_by_diagonal if args.bias_is_relative else _by_score)(bias, shape)
         self.tensors = (slopes, sinks, bias, mask)
         self.call = (
             args.softcap,
@@ -82,25 +82,17 @@ class Modifiers:
         )
 
 
-_Bias = tuple[
-    Tensor | None, tuple[int, ...] | None
-]  # a tensor to keep alive, and what csrc/params.h, ScoreView, holds
-
-
-def _by_score(bias: Tensor | None, shape: tuple[int, ...]) -> _Bias:
-    if bias is None:
-        return None, None
+def _by_score(bias: Tensor, shape: tuple[int, ...]) -> tuple[Tensor, tuple[int, ...]]:
+    """A tensor to keep alive, and what csrc/params.h, ScoreView, holds."""
     bias = bias.expand(shape)
     return bias, (address(bias), *bias.stride(), DTYPES[bias.dtype])
 
 
-def _by_diagonal(bias: Tensor | None, shape: tuple[int, ...]) -> _Bias:
+def _by_diagonal(bias: Tensor, shape: tuple[int, ...]) -> tuple[Tensor, tuple[int, ...]]:
     """One line per head, in which a query stands right of the one before it: a call may have a stride of -1."""
-    assert bias is not None
     batch, nheads, _, seqlen_k = shape
-    line = (
-        bias.flip(3).contiguous().expand(batch, nheads, -1, -1)
-    )  # (batch, nheads, 1, seqlen_q + seqlen_k - 1), by i - j
+    line = bias.flip(3).contiguous()  # (batch or 1, nheads or 1, 1, seqlen_q + seqlen_k - 1), by i - j
+    line = line.expand(batch, nheads, -1, -1)
     start = address(line) + max(0, seqlen_k - 1) * line.element_size()
     return line, (start, *line.stride()[:2], 1, -1, DTYPES[line.dtype])
 

@@ -120,9 +120,8 @@ def bias_call(args: Any, scores: tuple[int, ...]) -> dict[str, Any]:
         bias = None if bias is None else bias.expand(scores)
         return {"bias": bias, **strides(bias, *names)}
     # One line per head, in which a query stands right of the one before it, and a key left.
-    line = (
-        bias.flip(3).contiguous().expand(*scores[:2], -1, -1)
-    )  # (batch, nheads, 1, seqlen_q + seqlen_k - 1)
+    line = bias.flip(3).contiguous()  # (batch or 1, nheads or 1, 1, seqlen_q + seqlen_k - 1)
+    line = line.expand(*scores[:2], -1, -1)
     return {"bias": line[..., max(0, scores[3] - 1) :], **dict(zip(names, (*line.stride()[:2], 1, -1)))}
 
 

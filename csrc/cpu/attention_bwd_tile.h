@@ -353,12 +353,14 @@ class BackwardTile {
   // a vector apart, so that no load waits for half of what the last store wrote.
   void add_dbias_columns(const Strip& strip, int64_t key, int64_t keys) {
     for (int64_t first = 0; first < at_most(Vec::kLanes, keys); ++first)
-      for (int64_t j = first; j < keys; j += Vec::kLanes)
+      for (int64_t j = first; j < keys; j += Vec::kLanes) {
+        Real* column = bias_element(strip.rows, 0, key + j);
         for (int64_t r = 0; r < strip.rows.rows; r += Vec::kLanes) {
           const int n = static_cast<int>(at_most(Vec::kLanes, strip.rows.rows - r));
-          Real* sum = bias_element(strip.rows, r, key + j);
+          Real* sum = column + r;
           store_first(load_scaled<Vec>(sum, n, nullptr) + Vec::load(dscores() + j * kStrip + r), sum, n);
         }
+      }
   }
 
   void add_strided(Vec x, int n, Real* sum) const {

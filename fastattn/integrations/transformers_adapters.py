@@ -174,13 +174,9 @@ class _ByDistance(_Adapter):
             matrix: Tensor = super().compute_bias(query_length, key_length, device, past_seen_tokens)  # type: ignore[misc]
             return matrix
         device = self.relative_attention_bias.weight.device if device is None else device
-        distances = (
-            torch.arange(1 - query_length, max(key_length, 1 - query_length), device=device)
-            - past_seen_tokens
-        )
-        values: Tensor = self.relative_attention_bias(
-            self._buckets(distances)
-        )  # (seqlen_q + seqlen_k - 1, nheads)
+        first = 1 - query_length
+        distances = torch.arange(first, max(first, key_length), device=device) - past_seen_tokens
+        values: Tensor = self.relative_attention_bias(self._buckets(distances))  # (distances, nheads)
         return values.T[None, :, None]
 
     def _buckets(self, distances: Tensor) -> Tensor:
