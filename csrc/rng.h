@@ -121,13 +121,14 @@ class PhiloxLanes {
     }
   }
 
-  // From counters, word by word, to the blocks' words. Two sets at a time keep the multipliers busy: a set alone is one
-  // long chain.
-  inline __attribute__((always_inline)) void generate(U64 (&word)[2][4]) const {
+  // From counters, word by word, to the blocks' words. Several sets at a time keep the multipliers busy: a set alone is
+  // one long chain.
+  template <int kSets>
+  inline __attribute__((always_inline)) void generate(U64 (&word)[kSets][4]) const {
     const U64 mul0 = U64{} + kPhiloxMul0, mul1 = U64{} + kPhiloxMul1;
 #pragma GCC unroll 10
     for (int round = 0; round < 10; ++round)
-#pragma GCC unroll 2
+#pragma GCC unroll 4
       for (auto& w : word) {
         const U64 a = Vec::mul_low32(w[0], mul0), b = Vec::mul_low32(w[2], mul1);
         w[0] = (b >> 32) ^ w[1] ^ key_low_[round];
@@ -151,7 +152,8 @@ class NoiseLanes {
       : lanes_(stream.key), position_low_(U64{} + stream.position_low), position_high_(U64{} + stream.position_high) {}
 
   // From word[set][0] = block numbers, one per lane, to the words of those blocks.
-  inline __attribute__((always_inline)) void generate(U64 (&word)[2][4], uint32_t domain) const {
+  template <int kSets>
+  inline __attribute__((always_inline)) void generate(U64 (&word)[kSets][4], uint32_t domain) const {
     for (auto& w : word) {
       w[1] = position_low_;
       w[2] = position_high_;

@@ -15,20 +15,19 @@ constexpr int64_t kSerialLogits = int64_t{1} << 16;  // logits below which wakin
 template <class Vec, class T>
 void mark_kept(const Row<Vec, T>& row, const Cut& cut, bool* kept) {
   memset(kept, 0, static_cast<size_t>(row.size()));
-  row.visit_chunks([&] { return cut.value; },
-                   [&](int64_t c, int32_t first_id) {
-                     for (int i = 0; i < row.kChunkVecs; ++i, first_id += Vec::kLanes) {
-                       const Vec x = row.load(c, i);
-                       uint32_t able = lane_bits(Vec::set1(cut.value) <= x);  // padding is -inf
-                       if (!able) continue;
-                       float lanes[Vec::kLanes];
-                       x.store(lanes);
-                       for (; able; able &= able - 1) {
-                         const int lane = __builtin_ctz(able);
-                         kept[first_id + lane] = cut.keeps(lanes[lane], first_id + lane);
-                       }
-                     }
-                   });
+  row.visit_chunks(cut.value, -kMinusInfinity, [&](int64_t c, int32_t first_id) {
+    for (int i = 0; i < row.kChunkVecs; ++i, first_id += Vec::kLanes) {
+      const Vec x = row.load(c, i);
+      uint32_t able = lane_bits(Vec::set1(cut.value) <= x);  // padding is -inf
+      if (!able) continue;
+      float lanes[Vec::kLanes];
+      x.store(lanes);
+      for (; able; able &= able - 1) {
+        const int lane = __builtin_ctz(able);
+        kept[first_id + lane] = cut.keeps(lanes[lane], first_id + lane);
+      }
+    }
+  });
   const EditedTokens& edited = row.edited();
   for (int64_t i = 0; i < edited.n; ++i) kept[edited.ids[i]] = cut.keeps(edited.values[i], edited.ids[i]);
 }
@@ -46,19 +45,19 @@ int64_t error_of(const T* x, int64_t vocab, SamplingError edited) {
   return inf ? -kHasInf : !finite ? -kNothingFinite : -edited;
 }
 
-// The working memory of a row: its maxima, and where filters want them, lists that may hold all of it.
+// The working memory of a row: its summary, and where filters want them, lists that may hold all of it.
 template <class Vec>
 struct RowMemory {
-  float* maxima;
+  float* summary;
   Candidates candidates;
 
   RowMemory(int64_t vocab, bool lists) {
     // A list is written a vector at a time. Its working copy has room for two, and for a race.
-    const int64_t maxima_n = Row<Vec, float>::maxima_of(vocab), list = lists ? vocab + 2 * Vec::kLanes : 0;
+    const int64_t summary_n = Row<Vec, float>::summary_of(vocab), list = lists ? vocab + 2 * Vec::kLanes : 0;
     const int64_t work = 2 * list + Race<Vec>::work_of(vocab);
-    const auto words = static_cast<size_t>(maxima_n + 2 * list + work);
-    maxima = static_cast<float*>(thread_scratch(ScratchSlot::kTile, words * sizeof(float)));
-    float* values = maxima + maxima_n;
+    const auto words = static_cast<size_t>(summary_n + 2 * list + work);
+    summary = static_cast<float*>(thread_scratch(ScratchSlot::kTile, words * sizeof(float)));
+    float* values = summary + summary_n;
     candidates = {values, reinterpret_cast<int32_t*>(values + list), values + 2 * list};
   }
 };
@@ -117,14 +116,14 @@ template <class Vec, class T, class Edited>
 int64_t sample_edited(const SamplingParams& p, int64_t index, const T* x, const Edited* edited, const uint8_t* bits,
                       const EditedTokens& tokens) {
   RowMemory<Vec> memory(p.vocab, needs_lists<Vec, T>(p, index));
-  Row<Vec, Edited> row(edited, p.vocab, memory.maxima, bits, tokens);
+  Row<Vec, Edited> row(edited, p.vocab, memory.summary, bits, tokens);
   if (!row.summarize()) return error_of<Vec>(x, p.vocab, kEditedHasNaN);
   const float max = row.maximum();
   if (max == -kMinusInfinity) return error_of<Vec>(x, p.vocab, kEditedHasInf);
   if (max == kMinusInfinity) return error_of<Vec>(x, p.vocab, kEditedNothingFinite);
   const int32_t token = draw(p, index, row, max, &memory.candidates);
   if (p.best > 0) {
-    Row<Vec, T> raw(x, p.vocab, memory.maxima);
+    Row<Vec, T> raw(x, p.vocab, memory.summary);
     if (p.edits) {
       raw.summarize();
       if (raw.maximum() == -kMinusInfinity) return -kHasInf;

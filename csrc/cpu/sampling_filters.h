@@ -161,10 +161,9 @@ uint64_t total_mass(const Row<Vec, T>& row, const Softmax<Vec>& softmax) {
   typename Vec::U64 sum = {};
   const auto add = [&](Vec v) { sum += softmax.mass(widen_low(v)) + softmax.mass(widen_high(v)); };
   const float weightless = softmax.logit_at(-kMassBits - 2);
-  row.visit_chunks([&] { return weightless; },
-                   [&](int64_t c, int32_t) {
-                     for (int i = 0; i < Row<Vec, T>::kChunkVecs; ++i) add(row.load(c, i));
-                   });
+  row.visit_chunks(weightless, -kMinusInfinity, [&](int64_t c, int32_t) {
+    for (int i = 0; i < Row<Vec, T>::kChunkVecs; ++i) add(row.load(c, i));
+  });
   for (int64_t i = 0; i < row.edited().n; i += Vec::kLanes) add(Vec::load(row.edited().values + i));
   uint64_t total = 0;
   for (int i = 0; i < Vec::kLanes / 2; ++i) total += sum[i];

@@ -13,16 +13,15 @@ template <class Vec, class T>
 double log_sum_exp(const Row<Vec, T>& row, float max) {
   const Vec top = Vec::set1(max), log2e = Vec::set1(static_cast<float>(kLog2e));
   double total = 0.0;
-  row.visit_chunks([&] { return max - 89.0f; },  // below it exp is less than 2^-127
-                   [&](int64_t c, int32_t) {
-                     Vec sum[2] = {Vec::zero(), Vec::zero()};
+  const float weightless = max - 89.0f;  // below it exp is less than 2^-127
+  row.visit_chunks(weightless, -kMinusInfinity, [&](int64_t c, int32_t) {
+    Vec sum[2] = {Vec::zero(), Vec::zero()};
 #pragma GCC unroll 2
-                     for (int i = 0; i < Row<Vec, T>::kChunkVecs; ++i)
-                       sum[i % 2] = sum[i % 2] + exp2((row.load(c, i) - top) * log2e);
-                     float lanes[Vec::kLanes];
-                     (sum[0] + sum[1]).store(lanes);
-                     for (float lane : lanes) total += static_cast<double>(lane);
-                   });
+    for (int i = 0; i < Row<Vec, T>::kChunkVecs; ++i) sum[i % 2] = sum[i % 2] + exp2((row.load(c, i) - top) * log2e);
+    float lanes[Vec::kLanes];
+    (sum[0] + sum[1]).store(lanes);
+    for (float lane : lanes) total += static_cast<double>(lane);
+  });
   return __builtin_log(total);
 }
 

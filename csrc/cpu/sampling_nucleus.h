@@ -75,11 +75,9 @@ struct RoughMass {
   bool is_open(double top_p) const { return !keeps(top_p) && !drops(top_p); }
 };
 
-// Of the row; or only of its chunks that hold a logit >= least, which must not be above `logit`: then `total` is what
-// the row has at least, and the mass cannot prove that the token is dropped.
+// The masses of the row around a token; or of as much of it as proves that the token is kept.
 template <class Quality, class Vec, class T>
-RoughMass weigh_roughly(const Row<Vec, T>& row, const Softmax<Vec>& softmax, float logit, int32_t id,
-                        float least = kLowest) {
+RoughMass weigh_roughly(const Row<Vec, T>& row, const Softmax<Vec>& softmax, float logit, int32_t id, double top_p) {
   const double scale = softmax.log2_scale(), offset = static_cast<double>(softmax.max()) * scale;
   RoughMass mass;
   // x * scale - offset must not lose more than the polynomial does.
@@ -90,6 +88,13 @@ RoughMass weigh_roughly(const Row<Vec, T>& row, const Softmax<Vec>& softmax, flo
   const Vec x1 = Vec::set1(logit);
   using F64 = typename Vec::F64;
   F64 total = {}, ahead = {};
+  const auto add_up = [&] {
+    mass.total = mass.ahead = 0.0;
+    for (int i = 0; i < Vec::kLanes / 2; ++i) {
+      mass.total += Quality::unit * total[i];
+      mass.ahead += Quality::unit * ahead[i];
+    }
+  };
   const auto add = [&](int count, auto load, auto precedes) {
     Vec sum = Vec::zero(), before = Vec::zero();
 #pragma GCC unroll 4
@@ -101,22 +106,6 @@ RoughMass weigh_roughly(const Row<Vec, T>& row, const Softmax<Vec>& softmax, flo
     total += widen_low(sum) + widen_high(sum);
     ahead += widen_low(before) + widen_high(before);
   };
-  constexpr int kVecs = Row<Vec, T>::kChunkVecs;
-  const float weightless = softmax.logit_at(-64.0);
-  row.visit_chunks([&] { return least > weightless ? least : weightless; },
-                   [&](int64_t c, int32_t first_id) {
-                     const auto load = [&](int i) { return row.load(c, i); };
-                     if (first_id > id)
-                       add(kVecs, load, [&](Vec x, int) { return x1 < x; });
-                     else if (first_id + Row<Vec, T>::kChunk <= id)
-                       add(kVecs, load, [&](Vec x, int) { return x1 <= x; });
-                     else
-                       add(kVecs, load, [&](Vec x, int i) {
-                         const int32_t lower = id - first_id - i * Vec::kLanes;  // lanes with lower ids
-                         const uint32_t lanes = lower <= 0 ? 0 : lower >= Vec::kLanes ? ~0u : (1u << lower) - 1;
-                         return (x1 < x) | ((x1 <= x) & Vec::lanes_of(lanes));
-                       });
-                   });
   const EditedTokens& edited = row.edited();
   for (int64_t first = 0; first < edited.n; first += Vec::kLanes) {
     uint32_t lanes = 0;
@@ -126,10 +115,30 @@ RoughMass weigh_roughly(const Row<Vec, T>& row, const Softmax<Vec>& softmax, flo
         1, [&](int) { return Vec::load(edited.values + first); },
         [&](Vec x, int) { return (x1 < x) | ((x1 <= x) & Vec::lanes_of(lanes)); });
   }
-  for (int i = 0; i < Vec::kLanes / 2; ++i) {
-    mass.total += Quality::unit * total[i];
-    mass.ahead += Quality::unit * ahead[i];
-  }
+  constexpr int kVecs = Row<Vec, T>::kChunkVecs;
+  const float weightless = softmax.logit_at(-64.0), least_ahead = logit > weightless ? logit : weightless;
+  row.visit_chunks(least_ahead, -kMinusInfinity, [&](int64_t c, int32_t first_id) {
+    const auto load = [&](int i) { return row.load(c, i); };
+    if (first_id > id)
+      add(kVecs, load, [&](Vec x, int) { return x1 < x; });
+    else if (first_id + Row<Vec, T>::kChunk <= id)
+      add(kVecs, load, [&](Vec x, int) { return x1 <= x; });
+    else
+      add(kVecs, load, [&](Vec x, int i) {
+        const int32_t lower = id - first_id - i * Vec::kLanes;  // lanes with lower ids
+        const uint32_t lanes = lower <= 0 ? 0 : lower >= Vec::kLanes ? ~0u : (1u << lower) - 1;
+        return (x1 < x) | ((x1 <= x) & Vec::lanes_of(lanes));
+      });
+  });
+  add_up();
+  if (mass.keeps(top_p)) return mass;
+  row.visit_chunks(weightless, least_ahead, [&](int64_t c, int32_t) {  // nothing here is ahead
+    Vec sum = Vec::zero();
+#pragma GCC unroll 4
+    for (int i = 0; i < kVecs; ++i) sum = sum + Quality::exp2(row.load(c, i), slope, shift);
+    total += widen_low(sum) + widen_high(sum);
+  });
+  add_up();
   return mass;
 }
 
@@ -210,18 +219,16 @@ int32_t draw_nucleus(const Row<Vec, T>& row, double top_p, const Softmax<Vec>& s
   for (int races = 0; top_p >= 0.5 && races < kRaces; ++races) {
     Race<Vec> race = start(within);
     race.run_row(row, c->work);
-    if (2 * row.chunks_reaching(race.winner_logit()) <= row.chunks()) {  // then those may be proof enough
-      mass = weigh_roughly<Interpolated>(row, softmax, race.winner_logit(), race.winner(), race.winner_logit());
-      if (mass.keeps(top_p)) return race.winner();
-    }
-    mass = weigh_roughly<Interpolated>(row, softmax, race.winner_logit(), race.winner());
-    if (mass.is_open(top_p)) mass = weigh_roughly<Mended>(row, softmax, race.winner_logit(), race.winner());
-    if (mass.is_open(top_p)) mass = weigh_roughly<Fine>(row, softmax, race.winner_logit(), race.winner());
-    if (mass.keeps(top_p)) return race.winner();
+    const float logit = race.winner_logit();
+    const int32_t id = race.winner();
+    mass = weigh_roughly<Interpolated>(row, softmax, logit, id, top_p);
+    if (mass.is_open(top_p)) mass = weigh_roughly<Mended>(row, softmax, logit, id, top_p);
+    if (mass.is_open(top_p)) mass = weigh_roughly<Fine>(row, softmax, logit, id, top_p);
+    if (mass.keeps(top_p)) return id;
     if (mass.is_open(top_p)) break;
-    within = {race.winner_logit(), race.winner() - 1};
+    within = {logit, id - 1};
   }
-  mass = weigh_roughly<Fine>(row, softmax, -kMinusInfinity, 0);
+  mass = weigh_roughly<Fine>(row, softmax, -kMinusInfinity, 0, top_p);  // of the row
   constexpr int kGuesses = 3;  // a bound that is too high leaves out too much: then a lower one
   double spare = (1.0 - top_p) * mass.least_total();
   for (int guesses = 0; mass.error < 1.0 && guesses < kGuesses; ++guesses, spare /= 8.0) {

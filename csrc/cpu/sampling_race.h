@@ -33,37 +33,52 @@ class Race {
   float winner_logit() const { return winner_logit_; }
 
   // Floats that run_row works in.
-  static int64_t work_of(int64_t vocab) { return 5 * (groups_of(vocab) + Vec::kLanes); }
+  static int64_t work_of(int64_t vocab) { return 5 * padded_groups_of(vocab); }
 
   // Everything that the cut keeps of the row. The groups that could score most come first, so that few have to follow;
-  // those do in any order, and their tokens some groups at a time: a Philox block alone is one long chain.
+  // those do in any order.
   template <class T>
   void run_row(const Row<Vec, T>& row, float* work) {
-    constexpr int kLanes = Vec::kLanes, kFirst = 8, kTogether = 8;
-    const int64_t n = (groups_of(row.size()) + kLanes - 1) / kLanes * kLanes;
+    constexpr int kLanes = Vec::kLanes;
+    const int64_t n = padded_groups_of(row.size());
     float *bounds = work, *noise = work + n;
     auto* words = reinterpret_cast<uint32_t*>(work + 2 * n);  // three of each group, kLanes groups at a time
-    top_groups(row, n, bounds);
-    bound_groups(n, bounds, noise, words);
-    for (int picks = 0; picks < kFirst; ++picks) {
-      Vec top = Vec::load(bounds);
-      for (int64_t i = kLanes; i < n; i += kLanes) top = max(top, Vec::load(bounds + i));
-      const float best = reduce_max(top);
-      if (!(best > to_beat_)) break;
-      int64_t i = 0;
-      uint32_t where;
-      while (!(where = lane_bits(Vec::set1(best) <= Vec::load(bounds + i)))) i += kLanes;
-      i += __builtin_ctz(where);
-      bounds[i] = kMinusInfinity;
-      run_group(row, i, noise, words);
+    const Leaders leaders = bound_groups(row, n, bounds, noise, words);
+    int32_t numbers[kTogether + kLanes];
+    const auto run_together = [&](int m) {
+      run_groups(row, numbers, m, noise, words);
       finish();
-    }
-    int waiting = 0;
-    for (int64_t i = 0; i < n; i += kLanes)
-      for (uint32_t left = lane_bits(Vec::set1(to_beat_) < Vec::load(bounds + i)); left; left &= left - 1) {
-        run_group(row, i + __builtin_ctz(left), noise, words);
-        if (++waiting % kTogether == 0) finish();
+    };
+    const float most = reduce_max(leaders.bound);
+    uint32_t first = lane_bits(Vec::set1(most) <= leaders.bound);
+    first &= ~(first - 1);
+    float starts[kLanes];
+    leaders.start.store(starts);
+    const auto run_leaders = [&](uint32_t chosen) {
+      int m = 0;
+      for (; chosen; chosen &= chosen - 1, ++m) {
+        const int lane = __builtin_ctz(chosen);
+        numbers[m] = static_cast<int32_t>(starts[lane]) + lane;
+        bounds[numbers[m]] = kMinusInfinity;
       }
+      run_together(m);
+    };
+    if (most > to_beat_) run_leaders(first);
+    run_leaders(lane_bits(Vec::set1(to_beat_) < leaders.bound) & ~first);
+
+    float could_score[kTogether + kLanes];  // not needed
+    int m = 0;
+    for (int64_t i = 0; i < n; i += kLanes) {
+      const Vec bound = Vec::load(bounds + i);
+      const auto able = Vec::set1(to_beat_) < bound;
+      if (!lane_bits(able)) continue;
+      m += Vec::compress(able, bound, static_cast<int32_t>(i), could_score + m, numbers + m);
+      if (m < kTogether) continue;
+      run_together(kTogether);
+      m -= kTogether;
+      memcpy(numbers, numbers + kTogether, static_cast<size_t>(m) * sizeof *numbers);
+    }
+    run_together(m);
     run_list(row.edited().values, row.edited().ids, row.edited().n);
     finish();
   }
@@ -75,8 +90,13 @@ class Race {
 
  private:
   static constexpr int kField = 4 * Vec::kLanes;  // tokens that run together
+  static constexpr int kTogether = 16;            // groups whose tokens do
 
-  static int64_t groups_of(int64_t vocab) { return (vocab + kNoiseBlock - 1) / kNoiseBlock * kNoiseGroups; }
+  static int64_t padded_groups_of(int64_t vocab) {
+    constexpr int kStep = 2 * Vec::kLanes;
+    const int64_t groups = (vocab + kNoiseBlock - 1) / kNoiseBlock * kNoiseGroups;
+    return (groups + kStep - 1) / kStep * kStep;
+  }
 
   // The words of its block: two make the least of its clocks, the third says whose that is.
   struct Group {
@@ -118,76 +138,74 @@ class Race {
     return most_noise(least_exponential(word) * Vec::set1(1.0f / kNoiseGroup));
   }
 
-  template <class T>
-  static constexpr int kChunks = kNoiseBlock / Row<Vec, T>::kChunk;  // chunks in a block of groups
+  // In each lane the group that could score most, of those whose number has this lane as its remainder.
+  struct Leaders {
+    Vec bound;
+    Vec start;  // the group's number without the lane
+  };
 
-  // The largest logit of each group of the row; -inf behind them, up to n.
+  // What n groups could score at most, -inf where they cannot run, how much of that is noise, and the words of their
+  // blocks, kLanes groups at a time.
   template <class T>
-  static void top_groups(const Row<Vec, T>& row, int64_t n, float* tops) {
-    static_assert(kChunks<T> * Row<Vec, T>::kChunk == kNoiseBlock, "groups are parts of whole chunks");
-    constexpr int kStep = kChunks<T> * Vec::kLanes;
-    const int64_t maxima = row.chunks() * Vec::kLanes;
-    int64_t group = 0;
-    for (int64_t first = 0; first < maxima; first += kStep, group += kNoiseGroups) {
-      const float* v = row.maxima() + first;
-      const int64_t m = maxima - first < kStep ? maxima - first : kStep;
-      float top[kNoiseGroups];
-      memcpy(top, v, sizeof top);
-      for (int64_t j = kNoiseGroups; j < m; j += kNoiseGroups)
-        for (int k = 0; k < kNoiseGroups; ++k) top[k] = top[k] > v[j + k] ? top[k] : v[j + k];
-      memcpy(tops + group, top, sizeof top);
-    }
-    for (; group < n; ++group) tops[group] = kMinusInfinity;
-  }
-
-  // From the largest logits of n groups to what they could score at most, how much of that is noise, and the words of
-  // their blocks, kLanes groups at a time.
-  void bound_groups(int64_t n, float* bounds, float* noise, uint32_t* words) const {
-    constexpr int kLanes = Vec::kLanes;
+  Leaders bound_groups(const Row<Vec, T>& row, int64_t n, float* bounds, float* noise, uint32_t* words) const {
+    constexpr int kLanes = Vec::kLanes, kMaximaOfGroup = 4, kVecs = 2;
+    static_assert(row.kChunk * kMaximaOfGroup == kNoiseGroup * kLanes, "a group's maxima are every fourth of 16");
+    static_assert(row.kPadding == kVecs * kMaximaOfGroup * kLanes, "maxima are there for all groups");
     U64 even = {};
     for (int i = 0; i < kLanes / 2; ++i) even[i] = static_cast<uint64_t>(2 * i);
-    for (int64_t first = 0; first < n; first += kLanes, words += 3 * kLanes) {
-      const Vec x = Vec::load(bounds + first);
-      const auto able = Vec::set1(least_) <= x;
-      if (!lane_bits(able)) {
-        Vec::set1(kMinusInfinity).store(bounds + first);
-        continue;
+    const Vec none = Vec::set1(kMinusInfinity);
+    Leaders leaders{none, Vec::zero()};
+    for (int64_t first = 0; first < n;) {
+      U64 word[2 * kVecs][4];
+      for (int v = 0; v < kVecs; ++v) {
+        word[2 * v][0] = even + static_cast<uint64_t>(first + v * kLanes);
+        word[2 * v + 1][0] = word[2 * v][0] + 1;
       }
-      U64 word[2][4];
-      word[0][0] = even + static_cast<uint64_t>(first);
-      word[1][0] = word[0][0] + 1;
       noise_.generate(word, kGroupDomain);
-      U32 block[3];
-      for (int i = 0; i < 3; ++i) block[i] = pair(word[0][i], word[1][i]);
-      memcpy(words, block, sizeof block);
-      const Vec most = most_noise_of_group(block[0]);
-      most.store(noise + first);
-      select(able, log2_odds(x) + most, Vec::set1(kMinusInfinity)).store(bounds + first);
+#pragma GCC unroll 2
+      for (int v = 0; v < kVecs; ++v, first += kLanes, words += 3 * kLanes) {
+        const Vec x = Vec::max_of_fourths(row.maxima() + first * kMaximaOfGroup);
+        U32 block[3];
+        for (int i = 0; i < 3; ++i) block[i] = pair(word[2 * v][i], word[2 * v + 1][i]);
+        memcpy(words, block, sizeof block);
+        const Vec most = most_noise_of_group(block[0]);
+        most.store(noise + first);
+        const Vec bound = select(Vec::set1(least_) <= x, log2_odds(x) + most, none);
+        bound.store(bounds + first);
+        const auto leads = leaders.bound < bound;
+        leaders.bound = select(leads, bound, leaders.bound);
+        leaders.start = select(leads, Vec::set1(static_cast<float>(first)), leaders.start);
+      }
     }
+    return leaders;
   }
 
-  // The tokens of a group enter that could win with its least clock.
+  // The tokens of some groups enter that could win with the least clock of their group. Which they are cannot be
+  // foreseen: so that nothing waits for a branch, comparisons come first.
   template <class T>
-  void run_group(const Row<Vec, T>& row, int64_t number, const float* noise, const uint32_t* words) {
-    const int lane_of_words = static_cast<int>(number % Vec::kLanes);
-    words += (number - lane_of_words) * 3 + lane_of_words;
-    const Group group{words[0], words[Vec::kLanes], words[2 * Vec::kLanes]};
-    const float least = softmax_.logit_at(static_cast<double>(to_beat_) - static_cast<double>(noise[number]));
-    const Vec bound = Vec::set1(least > least_ ? least : least_);
-    const int member = static_cast<int>(number % kNoiseGroups);
-    const int64_t first = number / kNoiseGroups * kChunks<T>;
-    for (int64_t c = first; c < first + kChunks<T> && c < row.chunks(); ++c) {
-      uint64_t hits = 0;  // every fourth lane of four vectors makes kLanes bits
-#pragma GCC unroll 16
-      for (int i = 0; i < row.kChunkVecs; ++i) {
-        const uint64_t lanes = lane_bits(bound <= row.load(c, i)) >> member & 0x1111u;
-        hits |= lanes << (i % 4 + i / 4 * Vec::kLanes);
-      }
-      for (; hits; hits &= hits - 1) {
-        const int bit = __builtin_ctzll(hits), vec = bit / Vec::kLanes * 4 + bit % 4;
-        const int lane = bit % Vec::kLanes / 4 * 4 + member;
-        const int64_t id = c * row.kChunk + vec * Vec::kLanes + lane;
-        enter(row.at(id), static_cast<int32_t>(id), group);
+  void run_groups(const Row<Vec, T>& row, const int32_t* numbers, int n, const float* noise, const uint32_t* words) {
+    constexpr int kWordsOfBlock = kNoiseBlock / row.kWord;
+    constexpr uint64_t kEveryFourth = 0x1111111111111111u;
+    static_assert(kTogether >= Vec::kLanes, "the leaders run together");
+    uint64_t hits[kTogether];  // bit i: token i % 4 * 64 + i / 4 * 4 + member of the block
+    for (int g = 0; g < n; ++g) {
+      const int64_t block = numbers[g] / kNoiseGroups;
+      const int member = numbers[g] % kNoiseGroups;
+      const float least = softmax_.logit_at(static_cast<double>(to_beat_) - static_cast<double>(noise[numbers[g]]));
+      const Vec bound = Vec::set1(least > least_ ? least : least_);
+      hits[g] = 0;
+      for (int w = 0; w < kWordsOfBlock && block * kWordsOfBlock + w < row.words(); ++w)
+        hits[g] |= (row.reaching(block * kWordsOfBlock + w, bound) >> member & kEveryFourth) << w;
+    }
+    for (int g = 0; g < n; ++g) {
+      constexpr int kLanes = Vec::kLanes;
+      const int32_t number = numbers[g], place = number / kNoiseGroups * kNoiseBlock + number % kNoiseGroups;
+      const uint32_t* word = words + number / kLanes * (3 * kLanes) + number % kLanes;
+      const Group group{word[0], word[kLanes], word[2 * kLanes]};
+      for (uint64_t left = hits[g]; left; left &= left - 1) {
+        const int bit = __builtin_ctzll(left);
+        const int32_t id = place + bit % kWordsOfBlock * row.kWord + bit / kWordsOfBlock * kNoiseGroups;
+        enter(row.at(id), id, group);
       }
     }
   }

@@ -77,18 +77,30 @@ inline void store_minus_infinity(f16_t* p) { p->bits = 0xfc00; }
 
 // A row in chunks of kChunkVecs vectors, the last one padded with -inf; where there are bits, tokens whose bit is 0 are
 // -inf too; and the edited tokens beside it. summarize() reads the row once and notes the maximum of each lane of each
-// chunk: a sixteenth of the row, by which later passes find the chunks that matter.
+// chunk: a sixteenth of the row, by which later passes find the chunks that matter. Those maxima are a row themselves,
+// and the maxima of its chunks, the tops, find those of its chunks that matter.
 template <class Vec, class T>
 class Row {
  public:
   static constexpr int kChunkVecs = 16;
   static constexpr int kChunk = kChunkVecs * Vec::kLanes;
+  static constexpr int kWord = 64, kWords = kChunk / kWord;  // tokens whose comparisons share a word, those of a chunk
+  static constexpr int kPadding = 8 * Vec::kLanes;  // maxima that the race reads at once
 
   static int64_t chunks_of(int64_t size) { return (size + kChunk - 1) / kChunk; }
   static int64_t maxima_of(int64_t size) { return chunks_of(size) * Vec::kLanes; }
+  static int64_t tops_of(int64_t size) { return maxima_of(maxima_of(size)); }
+  static int64_t summary_of(int64_t size) { return padded(maxima_of(size)) + tops_of(size); }
 
-  Row(const T* data, int64_t size, float* maxima, const uint8_t* bits = nullptr, EditedTokens edited = {})
-      : data_(data), size_(size), whole_(size / kChunk), bits_(bits), maxima_(maxima), edited_(edited) {
+  // `summary` has room for summary_of(size) floats: the maxima, -inf up to a multiple of kPadding, and the tops.
+  Row(const T* data, int64_t size, float* summary, const uint8_t* bits = nullptr, EditedTokens edited = {})
+      : data_(data),
+        size_(size),
+        whole_(size / kChunk),
+        bits_(bits),
+        maxima_(summary),
+        tops_(summary + padded(maxima_of(size))),
+        edited_(edited) {
     const int64_t left = size - whole_ * kChunk;
     memcpy(static_cast<void*>(tail_), data + whole_ * kChunk, static_cast<size_t>(left) * sizeof(T));
     for (int64_t i = left; i < kChunk; ++i) store_minus_infinity(tail_ + i);
@@ -97,7 +109,10 @@ class Row {
 
   int64_t size() const { return size_; }
   int64_t chunks() const { return chunks_of(size_); }
+  int64_t words() const { return chunks() * kWords; }
   const float* maxima() const { return maxima_; }
+  const float* tops() const { return tops_; }
+  Row<Vec, float> row_of_maxima() const { return {maxima_, maxima_of(size_), tops_}; }
   const EditedTokens& edited() const { return edited_; }
 
   // Vector i of chunk c.
@@ -106,43 +121,54 @@ class Row {
     return bits_ ? select(Vec::lanes_of(lanes_counting(c, i)), x, Vec::set1(kMinusInfinity)) : x;
   }
 
+  // Bit i: whether token 64 * word + i has a logit >= least.
+  inline __attribute__((always_inline)) uint64_t reaching(int64_t word, Vec least) const {
+    const int64_t c = word / kWords, i = word % kWords;
+    const T* x = chunk(c) + i * kWord;
+    uint64_t hits = 0;
+#pragma GCC unroll 16
+    for (int lane = 0; lane < kWord; lane += Vec::kLanes)
+      hits |= uint64_t{lane_bits(least <= Vec::load(x + lane))} << lane;
+    if (!bits_) return hits;
+    uint64_t counting = 0;
+    memcpy(&counting, bits_of(c) + i * (kWord / 8), kWord / 8);
+    return hits & counting;
+  }
+
   float at(int64_t id) const {
     const bool counts = !bits_ || bits_[id / 8] >> id % 8 & 1;
     return counts ? to_single<Vec>(data_ + id) : kMinusInfinity;
   }
 
-  // Fills the maxima; false if the row has a NaN, even one that a bit leaves out, or an edited token is one.
+  // Fills the summary; false if the row has a NaN, even one that a bit leaves out, or an edited token is one.
   bool summarize() {
-    const bool good = bits_ ? summarize<true>() : summarize<false>();
-    auto bad = either_nan(Vec::zero(), Vec::zero());
+    auto good = bits_ ? summarize<true>() : summarize<false>();
     for (int64_t i = 0; i < edited_.n; i += Vec::kLanes) {
       const Vec v = Vec::load(edited_.values + i);
-      bad = bad | either_nan(v, v);
+      good = both_ordered(good, v, v);
     }
-    return good && !lane_bits(bad);
+    return lane_count(good) == Vec::kLanes;
   }
 
   float maximum() const {
-    Vec top = Vec::load(maxima_);
-    for (int64_t c = 1; c < chunks(); ++c) top = max(top, Vec::load(maxima_ + c * Vec::kLanes));
-    for (int64_t i = 0; i < edited_.n; i += Vec::kLanes) top = max(top, Vec::load(edited_.values + i));
-    return reduce_max(top);
+    Vec top[2] = {Vec::load(tops_), Vec::set1(kMinusInfinity)};
+    const int64_t n = tops_of(size_);
+    for (int64_t i = Vec::kLanes; i < n; i += Vec::kLanes) top[0] = max(top[0], Vec::load(tops_ + i));
+    for (int64_t i = 0; i < edited_.n; i += Vec::kLanes) top[1] = max(top[1], Vec::load(edited_.values + i));
+    return reduce_max(max(top[0], top[1]));
   }
 
-  // visit(chunk, its first id) for the chunks that hold a logit >= bound(), in order; bound() may rise meanwhile.
-  template <class Bound, class Visit>
-  void visit_chunks(Bound&& bound, Visit&& visit) const {
-    for (int64_t c = 0; c < chunks(); ++c)
-      if (lane_bits(Vec::set1(bound()) <= Vec::load(maxima_ + c * Vec::kLanes)))
-        visit(c, static_cast<int32_t>(c * kChunk));
-  }
-
-  // How many chunks hold a logit >= bound.
-  int64_t chunks_reaching(float bound) const {
-    int64_t n = 0;
-    for (int64_t c = 0; c < chunks(); ++c)
-      n += lane_bits(Vec::set1(bound) <= Vec::load(maxima_ + c * Vec::kLanes)) != 0;
-    return n;
+  // visit(chunk, its first id) for the chunks whose largest logit is in [least, most), in order.
+  template <class Visit>
+  void visit_chunks(float least, float most, Visit&& visit) const {
+    const Vec low = Vec::set1(least), high = Vec::set1(most);
+    for (int64_t first = 0; first < chunks(); first += kChunkVecs) {
+      if (!reaches(tops_ + first / kChunkVecs * Vec::kLanes, low)) continue;
+      for (int64_t c = first; c < first + kChunkVecs && c < chunks(); ++c) {
+        const float* maxima = maxima_ + c * Vec::kLanes;
+        if (reaches(maxima, low) && !reaches(maxima, high)) visit(c, static_cast<int32_t>(c * kChunk));
+      }
+    }
   }
 
   // The lowest id whose logit is `value`, which must be the maximum.
@@ -152,8 +178,10 @@ class Row {
     for (int64_t i = 0; i < edited_.n && best == INT32_MAX; i += Vec::kLanes)
       if (const uint32_t hits = lane_bits(wanted <= Vec::load(edited_.values + i)))
         best = edited_.ids[i + __builtin_ctz(hits)];
-    for (int64_t c = 0; c < chunks(); ++c)
-      if (lane_bits(wanted <= Vec::load(maxima_ + c * Vec::kLanes)))
+    int64_t c = 0;
+    while (c < chunks() && !reaches(tops_ + c / kChunkVecs * Vec::kLanes, wanted)) c += kChunkVecs;
+    for (; c < chunks(); ++c)
+      if (reaches(maxima_ + c * Vec::kLanes, wanted))
         for (int i = 0;; ++i)
           if (const uint32_t hits = lane_bits(wanted <= load(c, i))) {
             const auto id = static_cast<int32_t>(c * kChunk + i * Vec::kLanes + __builtin_ctz(hits));
@@ -164,46 +192,47 @@ class Row {
 
   // The tokens with logit >= bound, which is finite; or only the first of the row, at least `enough`.
   void gather(float bound, Candidates* out, int64_t enough = INT64_MAX) const {
-    // Which chunks and vectors the tokens are in cannot be foreseen where they are few: so that nothing waits for a
-    // branch, comparisons come first, and leave a list of words that have hits.
-    constexpr int kBlock = 32, kWords = kChunk / kHitBits;
     const Vec least = Vec::set1(bound);
-    uint64_t hits[kBlock * kWords];
-    int64_t places[kBlock * kWords];  // of each word's first token
     int64_t n = 0;
-    for (int64_t first = 0; first < chunks() && n < enough; first += kBlock) {
-      int64_t visited[kBlock];
-      int visits = 0, words = 0;
-      for (int64_t c = first; c < first + kBlock && c < chunks(); ++c) {
-        visited[visits] = c;
-        visits += lane_bits(least <= Vec::load(maxima_ + c * Vec::kLanes)) != 0;
+    for (int64_t first = 0; first < chunks() && n < enough; first += kTogether) {
+      int32_t visited[kTogether];
+      int visits = 0;
+      for (int64_t c = first; c < first + kTogether && c < chunks(); ++c) {
+        visited[visits] = static_cast<int32_t>(c);
+        visits += reaches(maxima_ + c * Vec::kLanes, least);
       }
-      for (int v = 0; v < visits; ++v)
-        for (int w = 0; w < kWords; ++w) {
-          hits[words] = hits_in(visited[v], w, least);
-          places[words] = visited[v] * kChunk + w * kHitBits;
-          words += hits[words] != 0;
-        }
-      for (int w = 0; w < words && n < enough; ++w) n += take(hits[w], places[w], least, out->values + n, out->ids + n);
+      n += take_chunks(visited, visits, least, enough - n, out->values + n, out->ids + n);
     }
     out->n = n;
-    if (edited_.n == 0) return;
-    const int64_t own = n;
-    for (int64_t i = 0; i < edited_.n && n - own < enough; i += Vec::kLanes) {
-      const Vec v = Vec::load(edited_.values + i) + Vec::zero();  // -0 becomes +0: equal logits have equal bits
-      float lanes[Vec::kLanes];
-      v.store(lanes);
-      for (uint32_t hits = lane_bits(least <= v); hits; hits &= hits - 1, ++n) {
-        const int lane = __builtin_ctz(hits);
-        out->values[n] = lanes[lane];
-        out->ids[n] = edited_.ids[i + lane];
-      }
+    take_edited(least, enough, out);
+  }
+
+  // The same, from those of the maxima that are >= some lower bound: they are what `c` holds before.
+  void gather_from_maxima(float bound, Candidates* c, int64_t enough) const {
+    const Vec least = Vec::set1(bound);
+    auto* visited = reinterpret_cast<int32_t*>(c->work);
+    int64_t visits = 0, n = 0;
+    int32_t last = -1;
+    for (int64_t i = 0; i < c->n; ++i) {
+      const int32_t chunk = c->ids[i] / Vec::kLanes;
+      const bool is_next = (c->values[i] >= bound) & (chunk != last);
+      visited[visits] = chunk;
+      visits += is_next;
+      last = is_next ? chunk : last;
     }
-    out->n = n;
-    out->merge(own, reinterpret_cast<int32_t*>(out->work + n));
+    for (int64_t first = 0; first < visits && n < enough; first += kTogether) {
+      const auto m = static_cast<int>(visits - first < kTogether ? visits - first : kTogether);
+      n += take_chunks(visited + first, m, least, enough - n, c->values + n, c->ids + n);
+    }
+    c->n = n;
+    take_edited(least, enough, c);
   }
 
  private:
+  static int64_t padded(int64_t maxima) { return (maxima + kPadding - 1) / kPadding * kPadding; }
+
+  static bool reaches(const float* maxima, Vec least) { return lane_bits(least <= Vec::load(maxima)) != 0; }
+
   const T* chunk(int64_t c) const { return c < whole_ ? data_ + c * kChunk : tail_; }
 
   const uint8_t* bits_of(int64_t c) const { return c < whole_ ? bits_ + c * (kChunk / 8) : tail_bits_; }
@@ -219,66 +248,100 @@ class Row {
     }
   }
 
-  static constexpr int kHitBits = kChunk < 64 ? kChunk : 64;  // tokens whose comparisons share a word
+  // The tokens with logit >= least of some chunks, or at least `enough` of them; returns how many. Which vectors they
+  // are in cannot be foreseen where they are few: so that nothing waits for a branch, comparisons come first, and leave
+  // a list of words that have hits.
+  static constexpr int kTogether = 32;  // chunks at most
+  int64_t take_chunks(const int32_t* visited, int visits, Vec least, int64_t enough, float* values,
+                      int32_t* ids) const {
+    uint64_t hits[kTogether * kWords];
+    int32_t words[kTogether * kWords];
+    int some = 0;
+    for (int v = 0; v < visits; ++v)
+      for (int w = 0; w < kWords; ++w) {
+        words[some] = visited[v] * kWords + w;
+        hits[some] = reaching(words[some], least);
+        some += hits[some] != 0;
+      }
+    int64_t n = 0;
+    for (int w = 0; w < some && n < enough; ++w) n += take(hits[w], words[w] * kWord, least, values + n, ids + n);
+    return n;
+  }
 
-  inline __attribute__((always_inline)) uint64_t hits_in(int64_t c, int word, Vec least) const {
-    constexpr int kVecs = kHitBits / Vec::kLanes;
-    uint64_t hits = 0;
-#pragma GCC unroll 16
-    for (int i = 0; i < kVecs; ++i)
-      hits |= uint64_t{lane_bits(least <= Vec::load(chunk(c) + (word * kVecs + i) * Vec::kLanes))} << i * Vec::kLanes;
-    if (!bits_) return hits;
-    uint64_t counting = 0;
-    memcpy(&counting, bits_of(c) + word * (kHitBits / 8), kHitBits / 8);
-    return hits & counting;
+  // Edited tokens join those of the row, which come first.
+  void take_edited(Vec least, int64_t enough, Candidates* out) const {
+    if (edited_.n == 0) return;
+    const int64_t own = out->n;
+    int64_t n = own;
+    for (int64_t i = 0; i < edited_.n && n - own < enough; i += Vec::kLanes) {
+      const Vec v = Vec::load(edited_.values + i) + Vec::zero();  // -0 becomes +0: equal logits have equal bits
+      float lanes[Vec::kLanes];
+      v.store(lanes);
+      for (uint32_t hits = lane_bits(least <= v); hits; hits &= hits - 1, ++n) {
+        const int lane = __builtin_ctz(hits);
+        out->values[n] = lanes[lane];
+        out->ids[n] = edited_.ids[i + lane];
+      }
+    }
+    out->n = n;
+    out->merge(own, reinterpret_cast<int32_t*>(out->work + n));
   }
 
   // The tokens of a word of hits: one by one, or where there are many, a vector at a time.
-  int64_t take(uint64_t hits, int64_t place, Vec least, float* values, int32_t* ids) const {
+  int64_t take(uint64_t hits, int32_t place, Vec least, float* values, int32_t* ids) const {
     int64_t n = 0;
-    if (__builtin_popcountll(hits) > kHitBits / 4) {
-      for (int i = 0; i < kHitBits; i += Vec::kLanes) {
-        const int64_t id = place + i;
-        const Vec v = load(id / kChunk, static_cast<int>(id % kChunk / Vec::kLanes)) + Vec::zero();
-        n += Vec::compress(least <= v, v, static_cast<int32_t>(id), values + n, ids + n);
+    if (__builtin_popcountll(hits) > kWord / 4) {
+      for (int i = 0; i < kWord; i += Vec::kLanes) {
+        const int32_t id = place + i;
+        const Vec v = load(id / kChunk, id % kChunk / Vec::kLanes) + Vec::zero();
+        n += Vec::compress(least <= v, v, id, values + n, ids + n);
       }
       return n;
     }
     for (; hits; hits &= hits - 1, ++n) {
-      ids[n] = static_cast<int32_t>(place) + __builtin_ctzll(hits);
+      ids[n] = place + __builtin_ctzll(hits);
       values[n] = to_single<Vec>(data_ + ids[n]) + 0.0f;  // -0 becomes +0: equal logits have equal bits
     }
     return n;
   }
 
+  // The lanes that never had a NaN.
   template <bool kHasBits>
-  bool summarize() {
+  typename Vec::Mask summarize() {
     const Vec none = Vec::set1(kMinusInfinity);
-    auto bad = either_nan(Vec::zero(), Vec::zero());
-    for (int64_t c = 0; c < chunks(); ++c) {
-      const T* x = chunk(c);
-      Vec top[2] = {none, none};
+    auto good = none <= none, good_too = good;  // two: they are chains of comparisons
+    for (int64_t first = 0; first < chunks(); first += kChunkVecs) {
+      Vec top_of_all = none;
+      for (int64_t c = first; c < first + kChunkVecs && c < chunks(); ++c) {
+        const T* x = chunk(c);
+        Vec top[2] = {none, none};
 #pragma GCC unroll 8
-      for (int i = 0; i < kChunkVecs; i += 2) {
-        const Vec a = Vec::load(x + i * Vec::kLanes), b = Vec::load(x + (i + 1) * Vec::kLanes);
-        bad = bad | either_nan(a, b);
-        if constexpr (kHasBits) {
-          top[0] = select(Vec::lanes_of(lanes_counting(c, i)), max(top[0], a), top[0]);
-          top[1] = select(Vec::lanes_of(lanes_counting(c, i + 1)), max(top[1], b), top[1]);
-        } else {
-          top[0] = max(top[0], a);
-          top[1] = max(top[1], b);
+        for (int i = 0; i < kChunkVecs; i += 2) {
+          const Vec a = Vec::load(x + i * Vec::kLanes), b = Vec::load(x + (i + 1) * Vec::kLanes);
+          auto& ordered = i % 4 ? good_too : good;
+          ordered = both_ordered(ordered, a, b);
+          if constexpr (kHasBits) {
+            top[0] = select(Vec::lanes_of(lanes_counting(c, i)), max(top[0], a), top[0]);
+            top[1] = select(Vec::lanes_of(lanes_counting(c, i + 1)), max(top[1], b), top[1]);
+          } else {
+            top[0] = max(top[0], a);
+            top[1] = max(top[1], b);
+          }
         }
+        const Vec top_of_chunk = max(top[0], top[1]) + Vec::zero();  // -0 becomes +0
+        top_of_chunk.store(maxima_ + c * Vec::kLanes);
+        top_of_all = max(top_of_all, top_of_chunk);
       }
-      (max(top[0], top[1]) + Vec::zero()).store(maxima_ + c * Vec::kLanes);  // -0 becomes +0
+      top_of_all.store(tops_ + first / kChunkVecs * Vec::kLanes);
     }
-    return !lane_bits(bad);
+    for (float* p = maxima_ + maxima_of(size_); p < tops_; p += Vec::kLanes) none.store(p);
+    return good & good_too;
   }
 
   const T* data_;
   int64_t size_, whole_;
   const uint8_t* bits_;
-  float* maxima_;
+  float *maxima_, *tops_;
   EditedTokens edited_;
   T tail_[kChunk];
   uint8_t tail_bits_[kChunk / 8] = {};

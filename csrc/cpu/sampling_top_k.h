@@ -25,18 +25,10 @@ inline float between(float low, float high, int round) {
 
 template <class Vec>
 int64_t count_reaching(const float* v, int64_t n, float least) {  // n: whole vectors
-  const Vec bound = Vec::set1(least), one = Vec::set1(1.0f);
-  Vec count[2] = {Vec::zero(), Vec::zero()};  // exact: a lane counts less than 2^24
-  int64_t i = 0;
-  for (; i + Vec::kLanes < n; i += 2 * Vec::kLanes)
-#pragma GCC unroll 2
-    for (int j = 0; j < 2; ++j)
-      count[j] = count[j] + select(bound <= Vec::load(v + i + j * Vec::kLanes), one, Vec::zero());
-  if (i < n) count[0] = count[0] + select(bound <= Vec::load(v + i), one, Vec::zero());
-  float lanes[Vec::kLanes], sum = 0.0f;
-  (count[0] + count[1]).store(lanes);
-  for (float lane : lanes) sum += lane;
-  return static_cast<int64_t>(sum);
+  const Vec bound = Vec::set1(least);
+  int64_t count = 0;
+  for (int64_t i = 0; i < n; i += Vec::kLanes) count += lane_count(bound <= Vec::load(v + i));
+  return count;
 }
 
 // A value that at least k of v reach, and not many more where that is easily had; kLowest if fewer are finite.
@@ -83,23 +75,27 @@ float tighten(const float* v, int64_t n, int64_t k, float bound, int64_t count, 
   return bound;
 }
 
-// A bound that at least k logits reach, and that few do: one that k maxima of disjoint groups reach. Groups are those
-// of summarize(), or where these are many, groups of groups.
+// Lists at least k of the largest logits, and few more: those that reach what k maxima of disjoint groups do. Groups
+// are those of the summary, and where these are many, groups of groups come first. Returns the least that is listed;
+// where that is the largest of all, only the first k + 1 are: one more than k shows that there are others.
 template <class Vec, class T>
-float bound_of_largest(const Row<Vec, T>& row, int64_t k, Candidates* c) {
-  const int64_t n = Row<Vec, T>::maxima_of(row.size()), n2 = Row<Vec, float>::maxima_of(n);
-  if (k > n) return kLowest;
-  if (n2 >= 2 * k) {
-    Row<Vec, float> groups(row.maxima(), n, c->work);
-    groups.summarize();
-    const float bound = loose_bound<Vec>(c->work, n2, k, groups.maximum());
-    // A few groups of groups may hold all that is large, as in a sorted row.
-    const int64_t count = count_reaching<Vec>(row.maxima(), n, bound);
-    if (count <= 2 * k) return tighten<Vec>(row.maxima(), n, k, bound, count, groups.maximum());
+float gather_largest(const Row<Vec, T>& row, float max, int64_t k, Candidates* c) {
+  const int64_t maxima = row.maxima_of(row.size()), tops = row.tops_of(row.size());
+  const auto enough = [&](float bound) { return bound == max ? k + 1 : INT64_MAX; };
+  if (tops >= 2 * k) {
+    const float loose = loose_bound<Vec>(row.tops(), tops, k, max);
+    row.row_of_maxima().gather(loose, c, 2 * k + 1);
+    if (c->n <= 2 * k) {  // a few groups of groups may hold all that is large, as in a sorted row
+      for (int i = 0; i < Vec::kLanes; ++i) c->values[c->n + i] = kMinusInfinity;
+      const int64_t whole = (c->n + Vec::kLanes - 1) / Vec::kLanes * Vec::kLanes;
+      const float bound = tighten<Vec>(c->values, whole, k, loose, c->n, max);
+      row.gather_from_maxima(bound, c, enough(bound));
+      return bound;
+    }
   }
-  Vec top = Vec::load(row.maxima());
-  for (int64_t i = 0; i < n; i += Vec::kLanes) top = max(top, Vec::load(row.maxima() + i));
-  return loose_bound<Vec>(row.maxima(), n, k, reduce_max(top));
+  const float bound = k <= maxima ? loose_bound<Vec>(row.maxima(), maxima, k, max) : kLowest;
+  row.gather(bound, c, enough(bound));
+  return bound;
 }
 
 // Puts a list of up to kSmallList tokens in the total order.
@@ -116,13 +112,13 @@ void sort_small(Candidates* c) {
     const Vec x = Vec::load(values + j);
     Vec ahead = Vec::zero();  // how many come before each
     int i = 0;
-    for (; i < j; ++i) ahead = ahead + select(x <= Vec::set1(values[i]), one, Vec::zero());
+    for (; i < j; ++i) ahead = select(x <= Vec::set1(values[i]), ahead + one, ahead);
     for (; i < j + Vec::kLanes && i < n; ++i) {  // lanes after this one's come later if they are equal
       const uint32_t later = ~0u << (i - j) << 1;
       const Vec v = Vec::set1(values[i]);
-      ahead = ahead + select((x < v) | ((x <= v) & Vec::lanes_of(later)), one, Vec::zero());
+      ahead = select((x < v) | ((x <= v) & Vec::lanes_of(later)), ahead + one, ahead);
     }
-    for (; i < n; ++i) ahead = ahead + select(x < Vec::set1(values[i]), one, Vec::zero());
+    for (; i < n; ++i) ahead = select(x < Vec::set1(values[i]), ahead + one, ahead);
     ahead.store(rank + j);
   }
   for (int i = 0; i < n; ++i) {
@@ -135,9 +131,7 @@ void sort_small(Candidates* c) {
 // top_k: the candidates then are what it keeps; up to kSmallList of them in the total order.
 template <class Vec, class T>
 Cut cut_top_k(const Row<Vec, T>& row, float max, int64_t k, Candidates* c) {
-  Cut cut{bound_of_largest(row, k, c), INT32_MAX};
-  // Where k tokens have the largest logit only the first k count; one more shows that there are others.
-  row.gather(cut.value, c, cut.value == max ? k + 1 : INT64_MAX);
+  Cut cut{gather_largest(row, max, k, c), INT32_MAX};
   if (c->n <= kSmallList) {
     sort_small<Vec>(c);
     if (c->n > k) c->n = k;

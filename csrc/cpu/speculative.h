@@ -20,27 +20,27 @@ double total_probability(const T* x, int64_t vocab) {
   using F64 = typename Vec::F64;
   constexpr int kChains = 32, kVecs = kChains / Vec::kLanes, kHalf = Vec::kLanes / 2;
   F64 sums[2 * kVecs] = {};
-  auto bad = either_nan(Vec::zero(), Vec::zero());
+  auto good = Vec::zero() <= Vec::zero();
   int64_t i = 0;
   for (; i + kChains <= vocab; i += kChains)
 #pragma GCC unroll 8
     for (int v = 0; v < kVecs; ++v) {
       const Vec a = Vec::load(x + i + v * Vec::kLanes);
-      bad = bad | either_nan(a, a) | (a < Vec::zero());
+      good = good & (Vec::zero() <= a);  // a NaN is not
       sums[2 * v] += widen_low(a);
       sums[2 * v + 1] += widen_high(a);
     }
   double chains[kChains];
   for (int h = 0; h < 2 * kVecs; ++h) memcpy(chains + h * kHalf, &sums[h], sizeof sums[h]);
-  bool good = !lane_bits(bad);
+  bool all_good = lane_count(good) == Vec::kLanes;
   for (int c = 0; c < kChains && i < vocab; ++i, ++c) {
     const float a = to_single<Vec>(x + i);
-    good = good && a >= 0.0f;
+    all_good = all_good && a >= 0.0f;
     chains[c] += static_cast<double>(a);
   }
   for (int width = kChains / 2; width > 0; width /= 2)
     for (int c = 0; c < width; ++c) chains[c] += chains[c + width];
-  return good && chains[0] > 0.0 && chains[0] < __builtin_inf() ? chains[0] : __builtin_nan("");
+  return all_good && chains[0] > 0.0 && chains[0] < __builtin_inf() ? chains[0] : __builtin_nan("");
 }
 
 // log(x) for normal x > 0, within 2e-10 of the truth; anything for others. x = 2^k m with m in [sqrt(1/2), sqrt(2)),
@@ -130,7 +130,7 @@ struct Chain {
     if (!write_residual<Vec>(left, total, off, off ? totals()[accepted] : 1.0, p.vocab, logits))
       write_residual<Vec, T>(left, total, nullptr, 1.0, p.vocab, logits);
     RowMemory<Vec> memory(p.vocab, false);
-    Row<Vec, float> row(logits, p.vocab, memory.maxima);
+    Row<Vec, float> row(logits, p.vocab, memory.summary);
     row.summarize();
     const float max = row.maximum();
     const NoiseStream noise(stream_seed(static_cast<uint64_t>(p.seeds[index]), kResamplingStream),

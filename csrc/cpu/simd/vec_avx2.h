@@ -75,10 +75,13 @@ struct VecAvx2 {
   friend VecAvx2 min(VecAvx2 a, VecAvx2 b) { return {_mm256_min_ps(a.r, b.r)}; }
   friend Mask operator<(VecAvx2 a, VecAvx2 b) { return {_mm256_cmp_ps(a.r, b.r, _CMP_LT_OQ)}; }
   friend Mask operator<=(VecAvx2 a, VecAvx2 b) { return {_mm256_cmp_ps(a.r, b.r, _CMP_LE_OQ)}; }
-  friend Mask either_nan(VecAvx2 a, VecAvx2 b) { return {_mm256_cmp_ps(a.r, b.r, _CMP_UNORD_Q)}; }
+  friend Mask both_ordered(Mask m, VecAvx2 a, VecAvx2 b) {  // the lanes of m where neither is NaN
+    return {_mm256_and_ps(m.m, _mm256_cmp_ps(a.r, b.r, _CMP_ORD_Q))};
+  }
   friend Mask operator|(Mask a, Mask b) { return {_mm256_or_ps(a.m, b.m)}; }
   friend Mask operator&(Mask a, Mask b) { return {_mm256_and_ps(a.m, b.m)}; }
   friend uint32_t lane_bits(Mask m) { return static_cast<uint32_t>(_mm256_movemask_ps(m.m)); }
+  friend int lane_count(Mask m) { return __builtin_popcount(lane_bits(m)); }
   static Mask lanes_of(uint32_t bits) {  // the inverse of lane_bits
     const __m256i bit = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
     const __m256i own = _mm256_and_si256(_mm256_set1_epi32(static_cast<int>(bits)), bit);
@@ -103,6 +106,11 @@ struct VecAvx2 {
     __m128 x = _mm_max_ps(_mm256_castps256_ps128(v.r), _mm256_extractf128_ps(v.r, 1));
     x = _mm_max_ps(x, _mm_movehl_ps(x, x));
     return _mm_cvtss_f32(_mm_max_ss(x, _mm_movehdup_ps(x)));
+  }
+  // Of two blocks of 16: the largest of every fourth.
+  static VecAvx2 max_of_fourths(const float* p) {
+    const VecAvx2 a = max(load(p), load(p + 8)), b = max(load(p + 16), load(p + 24));
+    return {_mm256_max_ps(_mm256_permute2f128_ps(a.r, b.r, 0x20), _mm256_permute2f128_ps(a.r, b.r, 0x31))};
   }
   friend float first(VecAvx2 v) { return _mm256_cvtss_f32(v.r); }
 

@@ -67,10 +67,13 @@ struct VecAvx512 {
   friend VecAvx512 min(VecAvx512 a, VecAvx512 b) { return {_mm512_min_ps(a.r, b.r)}; }
   friend Mask operator<(VecAvx512 a, VecAvx512 b) { return {_mm512_cmp_ps_mask(a.r, b.r, _CMP_LT_OQ)}; }
   friend Mask operator<=(VecAvx512 a, VecAvx512 b) { return {_mm512_cmp_ps_mask(a.r, b.r, _CMP_LE_OQ)}; }
-  friend Mask either_nan(VecAvx512 a, VecAvx512 b) { return {_mm512_cmp_ps_mask(a.r, b.r, _CMP_UNORD_Q)}; }
+  friend Mask both_ordered(Mask m, VecAvx512 a, VecAvx512 b) {  // the lanes of m where neither is NaN
+    return {_mm512_mask_cmp_ps_mask(m.m, a.r, b.r, _CMP_ORD_Q)};
+  }
   friend Mask operator|(Mask a, Mask b) { return {static_cast<__mmask16>(a.m | b.m)}; }
   friend Mask operator&(Mask a, Mask b) { return {static_cast<__mmask16>(a.m & b.m)}; }
   friend uint32_t lane_bits(Mask m) { return m.m; }
+  friend int lane_count(Mask m) { return __builtin_popcount(m.m); }
   static Mask lanes_of(uint32_t bits) { return {static_cast<__mmask16>(bits)}; }  // the inverse of lane_bits
   friend VecAvx512 select(Mask m, VecAvx512 a, VecAvx512 b) { return {_mm512_mask_blend_ps(m.m, b.r, a.r)}; }
 
@@ -85,6 +88,13 @@ struct VecAvx512 {
   // x * 2^n for an integral n; zero where n <= -127, as in every Vec.
   friend VecAvx512 ldexp(VecAvx512 x, VecAvx512 n) { return {_mm512_scalef_ps(x.r, n.r)}; }
   friend float reduce_max(VecAvx512 v) { return _mm512_reduce_max_ps(v.r); }
+  // Of four blocks of 16: the largest of every fourth.
+  static VecAvx512 max_of_fourths(const float* p) {
+    const __m512 a = load(p).r, b = load(p + 16).r, c = load(p + 32).r, d = load(p + 48).r;
+    const __m512 ab = _mm512_max_ps(_mm512_shuffle_f32x4(a, b, 0x44), _mm512_shuffle_f32x4(a, b, 0xee));
+    const __m512 cd = _mm512_max_ps(_mm512_shuffle_f32x4(c, d, 0x44), _mm512_shuffle_f32x4(c, d, 0xee));
+    return {_mm512_max_ps(_mm512_shuffle_f32x4(ab, cd, 0x88), _mm512_shuffle_f32x4(ab, cd, 0xdd))};
+  }
   friend float first(VecAvx512 v) { return _mm512_cvtss_f32(v.r); }
 
   friend U32 as_bits(VecAvx512 v) { return reinterpret_cast<U32>(v.r); }

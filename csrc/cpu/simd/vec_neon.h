@@ -87,8 +87,8 @@ struct VecNeon {
   friend VecNeon min(VecNeon a, VecNeon b) { return {vbslq_f32(vcltq_f32(a.r, b.r), a.r, b.r)}; }
   friend Mask operator<(VecNeon a, VecNeon b) { return {vcltq_f32(a.r, b.r)}; }
   friend Mask operator<=(VecNeon a, VecNeon b) { return {vcleq_f32(a.r, b.r)}; }
-  friend Mask either_nan(VecNeon a, VecNeon b) {
-    return {vmvnq_u32(vandq_u32(vceqq_f32(a.r, a.r), vceqq_f32(b.r, b.r)))};
+  friend Mask both_ordered(Mask m, VecNeon a, VecNeon b) {  // the lanes of m where neither is NaN
+    return {vandq_u32(m.m, vandq_u32(vceqq_f32(a.r, a.r), vceqq_f32(b.r, b.r)))};
   }
   friend Mask operator|(Mask a, Mask b) { return {vorrq_u32(a.m, b.m)}; }
   friend Mask operator&(Mask a, Mask b) { return {vandq_u32(a.m, b.m)}; }
@@ -96,6 +96,7 @@ struct VecNeon {
     const uint32_t weights[kLanes] = {1, 2, 4, 8};
     return vaddvq_u32(vandq_u32(m.m, vld1q_u32(weights)));
   }
+  friend int lane_count(Mask m) { return static_cast<int>(vaddvq_u32(vshrq_n_u32(m.m, 31))); }
   static Mask lanes_of(uint32_t bits) {  // the inverse of lane_bits
     const uint32_t weights[kLanes] = {1, 2, 4, 8};
     return {vtstq_u32(vdupq_n_u32(bits), vld1q_u32(weights))};
@@ -115,6 +116,10 @@ struct VecNeon {
     return {vmulq_f32(x.r, vreinterpretq_f32_s32(vshlq_n_s32(e, 23)))};
   }
   friend float reduce_max(VecNeon v) { return vmaxvq_f32(v.r); }
+  // Of a block of 16: the largest of every fourth.
+  static VecNeon max_of_fourths(const float* p) {
+    return max(max(load(p), load(p + 4)), max(load(p + 8), load(p + 12)));
+  }
   friend float first(VecNeon v) { return vgetq_lane_f32(v.r, 0); }
 
   friend U32 as_bits(VecNeon v) { return reinterpret_cast<U32>(v.r); }

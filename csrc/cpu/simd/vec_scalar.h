@@ -136,13 +136,16 @@ struct VecScalar {
   friend VecScalar min(VecScalar a, VecScalar b) { return {a.r < b.r ? a.r : b.r}; }
   friend Mask operator<(VecScalar a, VecScalar b) { return {a.r < b.r}; }
   friend Mask operator<=(VecScalar a, VecScalar b) { return {a.r <= b.r}; }
-  friend Mask either_nan(VecScalar a, VecScalar b) { return {(a.r != a.r) | (b.r != b.r)}; }
+  friend Mask both_ordered(Mask m, VecScalar a, VecScalar b) {  // the lanes of m where neither is NaN
+    return {m.m & (a.r == a.r) & (b.r == b.r)};
+  }
   friend Mask operator|(Mask a, Mask b) { return {a.m | b.m}; }
   friend Mask operator&(Mask a, Mask b) { return {a.m & b.m}; }
   friend uint32_t lane_bits(Mask m) {  // bit i is lane i
     const Int weighted = m.m & Int{1, 2, 4, 8};
     return static_cast<uint32_t>(weighted[0] | weighted[1] | weighted[2] | weighted[3]);
   }
+  friend int lane_count(Mask m) { return -(m.m[0] + m.m[1] + m.m[2] + m.m[3]); }
   static Mask lanes_of(uint32_t bits) {  // the inverse of lane_bits
     const int32_t all = static_cast<int32_t>(bits);
     return {(Int{all, all, all, all} & Int{1, 2, 4, 8}) != 0};
@@ -171,6 +174,10 @@ struct VecScalar {
   friend float reduce_max(VecScalar v) {
     const float a = v.r[0] > v.r[1] ? v.r[0] : v.r[1], b = v.r[2] > v.r[3] ? v.r[2] : v.r[3];
     return a > b ? a : b;
+  }
+  // Of a block of 16: the largest of every fourth.
+  static VecScalar max_of_fourths(const float* p) {
+    return max(max(load(p), load(p + 4)), max(load(p + 8), load(p + 12)));
   }
   friend float first(VecScalar v) { return v.r[0]; }
 
