@@ -68,9 +68,9 @@ int32_t draw(const SamplingParams& p, int64_t index, const Row<Vec, T>& row, flo
   const double temperature = p.temperature[index], top_p = p.top_p[index], min_p = p.min_p[index];
   const int64_t top_k = p.top_k[index];
   const bool limited = top_k > 0 && top_k < p.vocab, nucleus = top_p < 1.0;
-  const int32_t best = row.find_maximum(max);
   bool* kept = p.kept ? p.kept + index * p.vocab : nullptr;
   if (temperature == 0.0 || top_k == 1 || top_p == 0.0) {
+    const int32_t best = row.find_maximum(max);
     if (kept) mark_kept(row, {max, best}, kept);
     return best;
   }
@@ -79,9 +79,7 @@ int32_t draw(const SamplingParams& p, int64_t index, const Row<Vec, T>& row, flo
   Cut rest;  // what min_p keeps
   if (min_p > 0.0) rest.value = least_logit(min_p, softmax);
   const NoiseStream noise(static_cast<uint64_t>(p.seeds[index]), static_cast<uint64_t>(p.positions[index]));
-  const auto start = [&](const Cut& cut) {
-    return Race<Vec>(noise, softmax, rest.value > cut.value ? rest : cut, best);
-  };
+  const auto start = [&](const Cut& cut) { return Race<Vec>(noise, softmax, rest.value > cut.value ? rest : cut); };
   if (nucleus && !limited && !kept) return draw_nucleus(row, top_p, softmax, candidates, start);
 
   Cut cut;

@@ -228,15 +228,6 @@ class EditedRow {
 
   void leave_out(int64_t id) { bits_[id / 8] = static_cast<uint8_t>(bits_[id / 8] & ~(1u << id % 8)); }
 
-  static Vec gathered(const float* x, const int32_t* ids) { return Vec::gather(x, ids); }
-
-  template <class Half>
-  static Vec gathered(const Half* x, const int32_t* ids) {
-    float values[Vec::kLanes];
-    for (int i = 0; i < Vec::kLanes; ++i) values[i] = to_single<Vec>(x + ids[i]);
-    return Vec::load(values);
-  }
-
   // Penalties in every lane.
   struct PenaltyLanes {
     using F64 = typename Vec::F64;
@@ -268,12 +259,12 @@ class EditedRow {
     constexpr int kLanes = Vec::kLanes;
     const PenaltyLanes lanes(penalties_);
     int64_t i = 0;
-    for (; i + kLanes <= seen.n; i += kLanes) lanes.penalise(gathered(x_, seen.ids + i), seen.counts + i, values_ + i);
+    for (; i + kLanes <= seen.n; i += kLanes) lanes.penalise(gathered<Vec>(x_, seen.ids + i), seen.counts + i, values_ + i);
     if (i < seen.n) {
       int32_t ids[kLanes] = {}, counts[kLanes] = {};
       memcpy(ids, seen.ids + i, static_cast<size_t>(seen.n - i) * sizeof *ids);
       memcpy(counts, seen.counts + i, static_cast<size_t>(seen.n - i) * sizeof *counts);
-      lanes.penalise(gathered(x_, ids), counts, values_ + i);
+      lanes.penalise(gathered<Vec>(x_, ids), counts, values_ + i);
     }
     if (e_.allowed || e_.allowed_bits)
       for (i = 0; i < seen.n; ++i)

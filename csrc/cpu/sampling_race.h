@@ -19,13 +19,16 @@ class Race {
   using U32 = typename Vec::U32;
   using U64 = typename Vec::U64;
 
-  // The first token to run is `id`, one with the largest logit: it makes most others hopeless.
-  Race(const NoiseStream& stream, const Softmax<Vec>& softmax, const Cut& cut, int32_t id)
-      : noise_(stream), softmax_(softmax), cut_(cut), minus_half_max_(-0.5f * softmax.max()) {
+  Race(const NoiseStream& stream, const Softmax<Vec>& softmax, const Cut& cut)
+      : stream_(stream),
+        noise_(stream),
+        softmax_(softmax),
+        cut_(cut),
+        minus_half_max_(-0.5f * softmax.max()),
+        least_(cut.value) {
     // Bounds work on halves: the difference of two finite floats may overflow, that of their halves does not.
     const double scale = 2.0 * softmax.log2_scale();
     half_scale_ = scale < __FLT_MAX__ ? static_cast<float>(scale) : __FLT_MAX__;
-    run(softmax.max(), id, clock_of(stream, static_cast<uint32_t>(id)));
   }
 
   // The token that won among those that ran, and its logit.
@@ -35,11 +38,13 @@ class Race {
   // Floats that run_row works in.
   static int64_t work_of(int64_t vocab) { return 5 * padded_groups_of(vocab); }
 
-  // Everything that the cut keeps of the row. The groups that could score most come first, so that few have to follow;
-  // those do in any order.
+  // Everything that the cut keeps of the row. A token with the largest logit comes first, since it makes most others
+  // hopeless; then the groups that could score most, so that few have to follow; those do in any order.
   template <class T>
   void run_row(const Row<Vec, T>& row, float* work) {
     constexpr int kLanes = Vec::kLanes;
+    const int32_t best = row.find_maximum(softmax_.max());
+    run(softmax_.max(), best, clock_of(stream_, static_cast<uint32_t>(best)));
     const int64_t n = padded_groups_of(row.size());
     float *bounds = work, *noise = work + n;
     auto* words = reinterpret_cast<uint32_t*>(work + 2 * n);  // three of each group, kLanes groups at a time
@@ -184,7 +189,7 @@ class Race {
   // foreseen: so that nothing waits for a branch, comparisons come first.
   template <class T>
   void run_groups(const Row<Vec, T>& row, const int32_t* numbers, int n, const float* noise, const uint32_t* words) {
-    constexpr int kWordsOfBlock = kNoiseBlock / row.kWord;
+    constexpr int kWordsOfBlock = kNoiseBlock / row.kWord, kChunksOfBlock = kNoiseBlock / row.kChunk;
     constexpr uint64_t kEveryFourth = 0x1111111111111111u;
     static_assert(kTogether >= Vec::kLanes, "the leaders run together");
     uint64_t hits[kTogether];  // bit i: token i % 4 * 64 + i / 4 * 4 + member of the block
@@ -194,8 +199,12 @@ class Race {
       const float least = softmax_.logit_at(static_cast<double>(to_beat_) - static_cast<double>(noise[numbers[g]]));
       const Vec bound = Vec::set1(least > least_ ? least : least_);
       hits[g] = 0;
-      for (int w = 0; w < kWordsOfBlock && block * kWordsOfBlock + w < row.words(); ++w)
-        hits[g] |= (row.reaching(block * kWordsOfBlock + w, bound) >> member & kEveryFourth) << w;
+      for (int c = 0; c < kChunksOfBlock && block * kChunksOfBlock + c < row.chunks(); ++c)
+#pragma GCC unroll 4
+        for (int w = 0; w < row.kWords; ++w) {
+          const uint64_t reaching = row.reaching(block * kChunksOfBlock + c, w, bound);
+          hits[g] |= (reaching >> member & kEveryFourth) << (c * row.kWords + w);
+        }
     }
     for (int g = 0; g < n; ++g) {
       constexpr int kLanes = Vec::kLanes;
@@ -247,6 +256,7 @@ class Race {
   // Those that entered run.
   __attribute__((noinline)) void finish() {
     constexpr int kLanes = Vec::kLanes;
+    const Vec none = Vec::set1(kMinusInfinity);
     for (int i = 0; i < entered_; i += kLanes) {
       const Vec x = Vec::load(logits_ + i);
       uint32_t able = lane_bits(Vec::set1(least_) <= x);
@@ -257,11 +267,13 @@ class Race {
       U32 group;
       memcpy(&group, group_words_[0] + i, sizeof group);
       const Vec least = least_exponential(group) * Vec::set1(1.0f / kNoiseGroup);
-      const Vec best = log2_odds(x) + most_noise(least + least_exponential(words[0]));
-      for (uint32_t left = able & lane_bits(Vec::set1(to_beat_) < best); left; left &= left - 1) {
-        const int lane = __builtin_ctz(left);
+      const Vec most = log2_odds(x) + most_noise(least + least_exponential(words[0]));
+      Vec bound = select(Vec::lanes_of(able), most, none);
+      while (const uint32_t left = lane_bits(Vec::set1(to_beat_) < bound)) {  // the likely winner first
+        const int lane = __builtin_ctz(left & lane_bits(Vec::set1(reduce_max(bound)) <= bound));
         const Group of{group_words_[0][i + lane], group_words_[1][i + lane], 0};
         run(logits_[i + lane], ids_[i + lane], of.least() + exponential(words[0][lane], words[1][lane]));
+        bound = select(Vec::lanes_of(1u << lane), none, bound);
       }
     }
     entered_ = 0;
@@ -279,6 +291,7 @@ class Race {
     least_ = reach > cut_.value ? reach : cut_.value;
   }
 
+  NoiseStream stream_;
   NoiseLanes<Vec> noise_;
   Softmax<Vec> softmax_;
   Cut cut_;
@@ -286,7 +299,7 @@ class Race {
   double best_ = -__builtin_inf();
   int32_t winner_ = -1;
   float winner_logit_ = kMinusInfinity;
-  float to_beat_, least_;
+  float to_beat_ = kMinusInfinity, least_;
   int entered_ = 0;
   float logits_[kField];
   int32_t ids_[kField] = {};

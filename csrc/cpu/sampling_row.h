@@ -71,6 +71,18 @@ inline float to_single(const T* x) {
   return first(Vec::load_n(x, 1));
 }
 
+template <class Vec>
+inline Vec gathered(const float* x, const int32_t* i) {  // x[i[lane]]
+  return Vec::gather(x, i);
+}
+
+template <class Vec, class T>
+inline Vec gathered(const T* x, const int32_t* i) {
+  T lanes[Vec::kLanes];
+  for (int lane = 0; lane < Vec::kLanes; ++lane) lanes[lane] = x[i[lane]];
+  return Vec::load(lanes);
+}
+
 inline void store_minus_infinity(float* p) { *p = kMinusInfinity; }
 inline void store_minus_infinity(bf16_t* p) { p->bits = 0xff80; }
 inline void store_minus_infinity(f16_t* p) { p->bits = 0xfc00; }
@@ -109,7 +121,6 @@ class Row {
 
   int64_t size() const { return size_; }
   int64_t chunks() const { return chunks_of(size_); }
-  int64_t words() const { return chunks() * kWords; }
   const float* maxima() const { return maxima_; }
   const float* tops() const { return tops_; }
   Row<Vec, float> row_of_maxima() const { return {maxima_, maxima_of(size_), tops_}; }
@@ -121,17 +132,16 @@ class Row {
     return bits_ ? select(Vec::lanes_of(lanes_counting(c, i)), x, Vec::set1(kMinusInfinity)) : x;
   }
 
-  // Bit i: whether token 64 * word + i has a logit >= least.
-  inline __attribute__((always_inline)) uint64_t reaching(int64_t word, Vec least) const {
-    const int64_t c = word / kWords, i = word % kWords;
-    const T* x = chunk(c) + i * kWord;
+  // Bit i: whether token 64 * word + i of chunk c has a logit >= least.
+  inline __attribute__((always_inline)) uint64_t reaching(int64_t c, int word, Vec least) const {
+    const T* x = chunk(c) + word * kWord;
     uint64_t hits = 0;
 #pragma GCC unroll 16
     for (int lane = 0; lane < kWord; lane += Vec::kLanes)
       hits |= uint64_t{lane_bits(least <= Vec::load(x + lane))} << lane;
     if (!bits_) return hits;
     uint64_t counting = 0;
-    memcpy(&counting, bits_of(c) + i * (kWord / 8), kWord / 8);
+    memcpy(&counting, bits_of(c) + word * (kWord / 8), kWord / 8);
     return hits & counting;
   }
 
@@ -205,27 +215,36 @@ class Row {
     }
     out->n = n;
     take_edited(least, enough, out);
+    out->merge(n, reinterpret_cast<int32_t*>(out->work + out->n));
   }
 
-  // The same, from those of the maxima that are >= some lower bound: they are what `c` holds before.
-  void gather_from_maxima(float bound, Candidates* c, int64_t enough) const {
+  // The same in no order, from a list of maxima, as row_of_maxima() numbers them, among which are all that are >= bound.
+  // False if the tokens are more than `most`: then what `c` holds means nothing.
+  bool gather_from_maxima(float bound, int64_t most, Candidates* c) const {
     const Vec least = Vec::set1(bound);
-    auto* visited = reinterpret_cast<int32_t*>(c->work);
-    int64_t visits = 0, n = 0;
-    int32_t last = -1;
+    auto* reached = reinterpret_cast<int32_t*>(c->work);
+    int64_t m = 0, n = 0;
     for (int64_t i = 0; i < c->n; ++i) {
-      const int32_t chunk = c->ids[i] / Vec::kLanes;
-      const bool is_next = (c->values[i] >= bound) & (chunk != last);
-      visited[visits] = chunk;
-      visits += is_next;
-      last = is_next ? chunk : last;
+      reached[m] = c->ids[i];
+      m += c->values[i] >= bound;
     }
-    for (int64_t first = 0; first < visits && n < enough; first += kTogether) {
-      const auto m = static_cast<int>(visits - first < kTogether ? visits - first : kTogether);
-      n += take_chunks(visited + first, m, least, enough - n, c->values + n, c->ids + n);
+    int32_t members[Vec::kLanes];  // a maximum is that of a lane, of every kLanes-th token
+    for (int i = 0; i < Vec::kLanes; ++i) members[i] = i * Vec::kLanes;
+    for (int64_t i = 0; i < m && n <= most; ++i) {
+      const int32_t c_of_lane = reached[i] / Vec::kLanes, lane = reached[i] % Vec::kLanes;
+      const T* x = chunk(c_of_lane) + lane;
+#pragma GCC unroll 4
+      for (int place = lane; place < kChunk; place += Vec::kLanes * Vec::kLanes, x += Vec::kLanes * Vec::kLanes)
+        for (uint32_t hits = lane_bits(least <= gathered<Vec>(x, members)); hits; hits &= hits - 1) {
+          const int32_t id = c_of_lane * kChunk + place + __builtin_ctz(hits) * Vec::kLanes;
+          c->values[n] = at(id) + 0.0f;  // -0 becomes +0: equal logits have equal bits
+          c->ids[n] = id;
+          n += c->values[n] >= bound;  // unless its bit is 0
+        }
     }
     c->n = n;
-    take_edited(least, enough, c);
+    take_edited(least, most, c);
+    return c->n <= most;
   }
 
  private:
@@ -255,22 +274,23 @@ class Row {
   int64_t take_chunks(const int32_t* visited, int visits, Vec least, int64_t enough, float* values,
                       int32_t* ids) const {
     uint64_t hits[kTogether * kWords];
-    int32_t words[kTogether * kWords];
-    int some = 0;
+    int32_t places[kTogether * kWords];  // of each word's first token
+    int words = 0;
     for (int v = 0; v < visits; ++v)
+#pragma GCC unroll 4
       for (int w = 0; w < kWords; ++w) {
-        words[some] = visited[v] * kWords + w;
-        hits[some] = reaching(words[some], least);
-        some += hits[some] != 0;
+        const uint64_t some = reaching(visited[v], w, least);
+        hits[words] = some;
+        places[words] = visited[v] * kChunk + w * kWord;
+        words += some != 0;
       }
     int64_t n = 0;
-    for (int w = 0; w < some && n < enough; ++w) n += take(hits[w], words[w] * kWord, least, values + n, ids + n);
+    for (int w = 0; w < words && n < enough; ++w) n += take(hits[w], places[w], least, values + n, ids + n);
     return n;
   }
 
-  // Edited tokens join those of the row, which come first.
+  // Edited tokens join the list, at least `enough` of them if there are so many.
   void take_edited(Vec least, int64_t enough, Candidates* out) const {
-    if (edited_.n == 0) return;
     const int64_t own = out->n;
     int64_t n = own;
     for (int64_t i = 0; i < edited_.n && n - own < enough; i += Vec::kLanes) {
@@ -284,10 +304,10 @@ class Row {
       }
     }
     out->n = n;
-    out->merge(own, reinterpret_cast<int32_t*>(out->work + n));
   }
 
-  // The tokens of a word of hits: one by one, or where there are many, a vector at a time.
+  // The tokens of a word of hits: some at a time, that many or not, since how many cannot be foreseen; or where there are
+  // many, a vector at a time.
   int64_t take(uint64_t hits, int32_t place, Vec least, float* values, int32_t* ids) const {
     int64_t n = 0;
     if (__builtin_popcountll(hits) > kWord / 4) {
@@ -298,11 +318,16 @@ class Row {
       }
       return n;
     }
-    for (; hits; hits &= hits - 1, ++n) {
-      ids[n] = place + __builtin_ctzll(hits);
-      values[n] = to_single<Vec>(data_ + ids[n]) + 0.0f;  // -0 becomes +0: equal logits have equal bits
-    }
-    return n;
+    constexpr int kSome = 4;
+    const int all = __builtin_popcountll(hits);
+    for (; n < all; n += kSome)
+#pragma GCC unroll 4
+      for (int i = 0; i < kSome; ++i) {
+        ids[n + i] = place + __builtin_ctzll(hits);
+        values[n + i] = to_single<Vec>(data_ + ids[n + i]) + 0.0f;  // -0 becomes +0: equal logits have equal bits
+        hits = hits & (hits - 1) ? hits & (hits - 1) : hits;
+      }
+    return all;
   }
 
   // The lanes that never had a NaN.
@@ -314,23 +339,22 @@ class Row {
       Vec top_of_all = none;
       for (int64_t c = first; c < first + kChunkVecs && c < chunks(); ++c) {
         const T* x = chunk(c);
-        Vec top[2] = {none, none};
+        Vec top = none;
 #pragma GCC unroll 8
         for (int i = 0; i < kChunkVecs; i += 2) {
           const Vec a = Vec::load(x + i * Vec::kLanes), b = Vec::load(x + (i + 1) * Vec::kLanes);
           auto& ordered = i % 4 ? good_too : good;
           ordered = both_ordered(ordered, a, b);
           if constexpr (kHasBits) {
-            top[0] = select(Vec::lanes_of(lanes_counting(c, i)), max(top[0], a), top[0]);
-            top[1] = select(Vec::lanes_of(lanes_counting(c, i + 1)), max(top[1], b), top[1]);
+            top = select(Vec::lanes_of(lanes_counting(c, i)), max(top, a), top);
+            top = select(Vec::lanes_of(lanes_counting(c, i + 1)), max(top, b), top);
           } else {
-            top[0] = max(top[0], a);
-            top[1] = max(top[1], b);
+            top = max(max(top, a), b);  // one chain: chunks overlap
           }
         }
-        const Vec top_of_chunk = max(top[0], top[1]) + Vec::zero();  // -0 becomes +0
-        top_of_chunk.store(maxima_ + c * Vec::kLanes);
-        top_of_all = max(top_of_all, top_of_chunk);
+        top = top + Vec::zero();  // -0 becomes +0
+        top.store(maxima_ + c * Vec::kLanes);
+        top_of_all = max(top_of_all, top);
       }
       top_of_all.store(tops_ + first / kChunkVecs * Vec::kLanes);
     }

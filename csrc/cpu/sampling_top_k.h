@@ -77,54 +77,69 @@ float tighten(const float* v, int64_t n, int64_t k, float bound, int64_t count, 
 
 // Lists at least k of the largest logits, and few more: those that reach what k maxima of disjoint groups do. Groups
 // are those of the summary, and where these are many, groups of groups come first. Returns the least that is listed;
-// where that is the largest of all, only the first k + 1 are: one more than k shows that there are others.
+// where that is the largest of all, only the first k + 1 are: one more than k shows that there are others. Up to
+// kSmallList tokens are in no order.
 template <class Vec, class T>
 float gather_largest(const Row<Vec, T>& row, float max, int64_t k, Candidates* c) {
   const int64_t maxima = row.maxima_of(row.size()), tops = row.tops_of(row.size());
-  const auto enough = [&](float bound) { return bound == max ? k + 1 : INT64_MAX; };
+  float bound = kLowest;
   if (tops >= 2 * k) {
-    const float loose = loose_bound<Vec>(row.tops(), tops, k, max);
-    row.row_of_maxima().gather(loose, c, 2 * k + 1);
+    bound = loose_bound<Vec>(row.tops(), tops, k, max);
+    row.row_of_maxima().gather(bound, c, 2 * k + 1);
     if (c->n <= 2 * k) {  // a few groups of groups may hold all that is large, as in a sorted row
       for (int i = 0; i < Vec::kLanes; ++i) c->values[c->n + i] = kMinusInfinity;
       const int64_t whole = (c->n + Vec::kLanes - 1) / Vec::kLanes * Vec::kLanes;
-      const float bound = tighten<Vec>(c->values, whole, k, loose, c->n, max);
-      row.gather_from_maxima(bound, c, enough(bound));
-      return bound;
+      bound = tighten<Vec>(c->values, whole, k, bound, c->n, max);
+      if (row.gather_from_maxima(bound, kSmallList, c)) return bound;
+    } else {
+      bound = loose_bound<Vec>(row.maxima(), maxima, k, max);
     }
+  } else if (k <= maxima) {
+    bound = loose_bound<Vec>(row.maxima(), maxima, k, max);
   }
-  const float bound = k <= maxima ? loose_bound<Vec>(row.maxima(), maxima, k, max) : kLowest;
-  row.gather(bound, c, enough(bound));
+  row.gather(bound, c, bound == max ? k + 1 : INT64_MAX);
   return bound;
 }
 
 // Puts a list of up to kSmallList tokens in the total order.
 template <class Vec>
 void sort_small(Candidates* c) {
+  constexpr int kRoom = kSmallList + 2 * Vec::kLanes;
   const int n = static_cast<int>(c->n);
-  float values[kSmallList + Vec::kLanes], rank[kSmallList + Vec::kLanes];
-  int32_t ids[kSmallList];
+  float values[kRoom], ids[kRoom], ahead[kRoom];  // ids are below 2^22; how many come before each
   memcpy(values, c->values, static_cast<size_t>(n) * sizeof *values);
-  memcpy(ids, c->ids, static_cast<size_t>(n) * sizeof *ids);
-  for (int i = 0; i < Vec::kLanes; ++i) values[n + i] = kMinusInfinity;
+  for (int i = 0; i < n; ++i) ids[i] = static_cast<float>(c->ids[i]);
+  for (int i = 0; i < Vec::kLanes; ++i) values[n + i] = kMinusInfinity, ids[n + i] = 0.0f;
   const Vec one = Vec::set1(1.0f);
+  Vec sum = Vec::zero();
   for (int j = 0; j < n; j += Vec::kLanes) {
     const Vec x = Vec::load(values + j);
-    Vec ahead = Vec::zero();  // how many come before each
-    int i = 0;
-    for (; i < j; ++i) ahead = select(x <= Vec::set1(values[i]), ahead + one, ahead);
-    for (; i < j + Vec::kLanes && i < n; ++i) {  // lanes after this one's come later if they are equal
-      const uint32_t later = ~0u << (i - j) << 1;
-      const Vec v = Vec::set1(values[i]);
-      ahead = select((x < v) | ((x <= v) & Vec::lanes_of(later)), ahead + one, ahead);
-    }
-    for (; i < n; ++i) ahead = select(x < Vec::set1(values[i]), ahead + one, ahead);
-    ahead.store(rank + j);
+    Vec larger[2] = {Vec::zero(), Vec::zero()};
+    for (int i = 0; i < n; i += 2)
+#pragma GCC unroll 2
+      for (int h = 0; h < 2; ++h)
+        larger[h] = select(x < Vec::set1(values[i + h]), larger[h] + one, larger[h]);
+    const Vec all = larger[0] + larger[1];
+    all.store(ahead + j);
+    sum = sum + select(Vec::set1(kMinusInfinity) < x, all, Vec::zero());
   }
+  float lanes[Vec::kLanes], total = 0.0f;
+  sum.store(lanes);
+  for (float lane : lanes) total += lane;
+  if (total != static_cast<float>(n * (n - 1) / 2))  // some are equal
+    for (int j = 0; j < n; j += Vec::kLanes) {
+      const Vec x = Vec::load(values + j), id = Vec::load(ids + j);
+      Vec before = Vec::load(ahead + j);
+      for (int i = 0; i < n; ++i) {
+        const Vec v = Vec::set1(values[i]);
+        before = select((x <= v) & (v <= x) & (Vec::set1(ids[i]) < id), before + one, before);
+      }
+      before.store(ahead + j);
+    }
   for (int i = 0; i < n; ++i) {
-    const int place = static_cast<int>(rank[i]);
+    const int place = static_cast<int>(ahead[i]);
     c->values[place] = values[i];
-    c->ids[place] = ids[i];
+    c->ids[place] = static_cast<int32_t>(ids[i]);
   }
 }
 

@@ -135,7 +135,7 @@ struct Chain {
     const float max = row.maximum();
     const NoiseStream noise(stream_seed(static_cast<uint64_t>(p.seeds[index]), kResamplingStream),
                             static_cast<uint64_t>(p.positions[index]) + static_cast<uint64_t>(accepted));
-    Race<Vec> race(noise, Softmax<Vec>(max, 1.0), Cut{}, row.find_maximum(max));
+    Race<Vec> race(noise, Softmax<Vec>(max, 1.0), Cut{});
     race.run_row(row, memory.candidates.work);
     return race.winner();
   }
