@@ -82,7 +82,7 @@ class EditedRow {
       prepare_bits(seen.n > 0 ? seen.unseen : nullptr, false);
       edit_seen(seen);
     }
-    for (int i = 0; i < Vec::kLanes; ++i) values_[edited_.n + i] = kMinusInfinity;
+    for (int i = 0; i < kListSpare; ++i) values_[edited_.n + i] = kMinusInfinity;
     return 0;
   }
 
@@ -91,7 +91,7 @@ class EditedRow {
   const EditedTokens& edited() const { return edited_; }
 
  private:
-  static constexpr int kListSpare = Vec::kLanes;  // lists are written a vector at a time; found() writes four tokens
+  static constexpr int kListSpare = EditedTokens::kVecs * Vec::kLanes;  // found() writes four tokens at a time
 
   static size_t bits_bytes(int64_t vocab) { return static_cast<size_t>((vocab + 511) / 512 * 64); }
 

@@ -53,9 +53,10 @@ struct Candidates {
   }
 };
 
-// Tokens whose logits were edited one by one, by ascending id; the row itself leaves them out. Values may be read to
-// whole vectors.
+// Tokens whose logits were edited one by one, by ascending id; the row itself leaves them out. Behind the values are -inf,
+// up to a multiple of kVecs vectors.
 struct EditedTokens {
+  static constexpr int kVecs = 4;
   const float* values = nullptr;
   const int32_t* ids = nullptr;
   int64_t n = 0;
@@ -152,20 +153,15 @@ class Row {
 
   // Fills the summary; false if the row has a NaN, even one that a bit leaves out, or an edited token is one.
   bool summarize() {
-    auto good = bits_ ? summarize<true>() : summarize<false>();
-    for (int64_t i = 0; i < edited_.n; i += Vec::kLanes) {
-      const Vec v = Vec::load(edited_.values + i);
-      good = both_ordered(good, v, v);
-    }
-    return lane_count(good) == Vec::kLanes;
+    const auto good = bits_ ? summarize<true>() : summarize<false>();
+    return lane_count(good & summarize_edited()) == Vec::kLanes;
   }
 
   float maximum() const {
-    Vec top[2] = {Vec::load(tops_), Vec::set1(kMinusInfinity)};
+    Vec top = Vec::set1(top_of_edited_);
     const int64_t n = tops_of(size_);
-    for (int64_t i = Vec::kLanes; i < n; i += Vec::kLanes) top[0] = max(top[0], Vec::load(tops_ + i));
-    for (int64_t i = 0; i < edited_.n; i += Vec::kLanes) top[1] = max(top[1], Vec::load(edited_.values + i));
-    return reduce_max(max(top[0], top[1]));
+    for (int64_t i = 0; i < n; i += Vec::kLanes) top = max(top, Vec::load(tops_ + i));
+    return reduce_max(top);
   }
 
   // visit(chunk, its first id) for the chunks whose largest logit is in [least, most), in order.
@@ -293,15 +289,16 @@ class Row {
   void take_edited(Vec least, int64_t enough, Candidates* out) const {
     const int64_t own = out->n;
     int64_t n = own;
-    for (int64_t i = 0; i < edited_.n && n - own < enough; i += Vec::kLanes) {
-      const Vec v = Vec::load(edited_.values + i) + Vec::zero();  // -0 becomes +0: equal logits have equal bits
-      float lanes[Vec::kLanes];
-      v.store(lanes);
-      for (uint32_t hits = lane_bits(least <= v); hits; hits &= hits - 1, ++n) {
-        const int lane = __builtin_ctz(hits);
-        out->values[n] = lanes[lane];
-        out->ids[n] = edited_.ids[i + lane];
-      }
+    for (int64_t first = 0; first < edited_.n && n - own < enough; first += EditedTokens::kVecs * Vec::kLanes) {
+      Vec x[EditedTokens::kVecs];
+      load_edited(first, x);
+      if (!lane_bits(least <= max(max(x[0], x[1]), max(x[2], x[3])))) continue;
+      for (int v = 0; v < EditedTokens::kVecs; ++v)
+        for (uint32_t hits = lane_bits(least <= x[v]); hits; hits &= hits - 1, ++n) {
+          const int64_t i = first + v * Vec::kLanes + __builtin_ctz(hits);
+          out->values[n] = edited_.values[i] + 0.0f;  // -0 becomes +0: equal logits have equal bits
+          out->ids[n] = edited_.ids[i];
+        }
     }
     out->n = n;
   }
@@ -362,11 +359,30 @@ class Row {
     return good & good_too;
   }
 
+  void load_edited(int64_t i, Vec (&x)[EditedTokens::kVecs]) const {
+    for (int v = 0; v < EditedTokens::kVecs; ++v) x[v] = Vec::load(edited_.values + i + v * Vec::kLanes);
+  }
+
+  // The lanes that never had a NaN.
+  typename Vec::Mask summarize_edited() {
+    Vec top = Vec::set1(kMinusInfinity);
+    auto good = top <= top;
+    for (int64_t i = 0; i < edited_.n; i += EditedTokens::kVecs * Vec::kLanes) {
+      Vec x[EditedTokens::kVecs];
+      load_edited(i, x);
+      good = both_ordered(both_ordered(good, x[0], x[1]), x[2], x[3]);
+      top = max(top, max(max(x[0], x[1]), max(x[2], x[3])));
+    }
+    top_of_edited_ = reduce_max(top);
+    return good;
+  }
+
   const T* data_;
   int64_t size_, whole_;
   const uint8_t* bits_;
   float *maxima_, *tops_;
   EditedTokens edited_;
+  float top_of_edited_ = kMinusInfinity;
   T tail_[kChunk];
   uint8_t tail_bits_[kChunk / 8] = {};
 };
