@@ -108,14 +108,23 @@ bool needs_lists(const SamplingParams& p, int64_t index) {
   return (top_k > 0 && top_k < p.vocab) || p.top_p[index] < 1.0 || p.min_p[index] > 0.0 || p.best > 0;
 }
 
-// One row, on one thread. `x` is the row as it came, `edited` what was made of it. Returns the token, or
-// -SamplingError.
-template <class Vec, class T, class Edited>
-int64_t sample_edited(const SamplingParams& p, int64_t index, const T* x, const Edited* edited, const uint8_t* bits,
-                      const EditedTokens& tokens) {
+// A row as it came.
+struct NoEdits {
+  const uint8_t* bits() const { return nullptr; }
+  EditedTokens edited() const { return {}; }
+  void edit_some() {}
+  void edit_rest() {}
+};
+
+// One row, on one thread. `x` is the row as it came, `edited` what was made of it, but for the tokens of `edits`.
+// Returns the token, or -SamplingError.
+template <class Vec, class T, class Edited, class Edits>
+int64_t sample_edited(const SamplingParams& p, int64_t index, const T* x, const Edited* edited, Edits&& edits) {
   RowMemory<Vec> memory(p.vocab, needs_lists<Vec, T>(p, index));
-  Row<Vec, Edited> row(edited, p.vocab, memory.summary, bits, tokens);
-  if (!row.summarize()) return error_of<Vec>(x, p.vocab, kEditedHasNaN);
+  Row<Vec, Edited> row(edited, p.vocab, memory.summary, edits.bits(), edits.edited());
+  const bool good = row.summarize([&] { edits.edit_some(); });
+  edits.edit_rest();
+  if (!row.summarize_edited() || !good) return error_of<Vec>(x, p.vocab, kEditedHasNaN);
   const float max = row.maximum();
   if (max == -kMinusInfinity) return error_of<Vec>(x, p.vocab, kEditedHasInf);
   if (max == kMinusInfinity) return error_of<Vec>(x, p.vocab, kEditedNothingFinite);
@@ -134,12 +143,12 @@ int64_t sample_edited(const SamplingParams& p, int64_t index, const T* x, const 
 template <class Vec, class T>
 int64_t sample_row(const SamplingParams& p, int64_t index) {
   const T* x = static_cast<const T*>(p.logits) + index * p.stride_batch;
-  if (!p.edits) return sample_edited<Vec>(p, index, x, x, nullptr, {});
+  if (!p.edits) return sample_edited<Vec>(p, index, x, x, NoEdits{});
   const size_t bytes = EditedRow<Vec, T>::bytes_for(*p.edits, p.vocab);
   EditedRow<Vec, T> row(*p.edits, x, p.vocab, index, thread_scratch(ScratchSlot::kShared, bytes));
-  if (const int64_t error = row.carry_out()) return error_of<Vec>(x, p.vocab, static_cast<SamplingError>(error));
-  if (row.copy()) return sample_edited<Vec>(p, index, x, row.copy(), row.bits(), row.edited());
-  return sample_edited<Vec>(p, index, x, x, row.bits(), row.edited());
+  if (const int64_t error = row.prepare()) return error_of<Vec>(x, p.vocab, static_cast<SamplingError>(error));
+  if (row.copy()) return sample_edited<Vec>(p, index, x, row.copy(), row);
+  return sample_edited<Vec>(p, index, x, x, row);
 }
 
 template <class Vec>

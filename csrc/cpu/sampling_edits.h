@@ -55,7 +55,8 @@ class EditedRow {
         x_(x),
         vocab_(vocab),
         index_(index),
-        penalties_(e.repetition[index], e.presence[index], e.frequency[index]) {
+        penalties_(e.repetition[index], e.presence[index], e.frequency[index]),
+        lanes_(penalties_) {
     const int64_t entries = vocab + kListSpare;
     values_ = static_cast<float*>(memory);
     ids_ = reinterpret_cast<int32_t*>(values_ + entries);
@@ -67,8 +68,9 @@ class EditedRow {
     bits_ = reinterpret_cast<uint8_t*>(copy_ + (e.bias ? vocab : 0));
   }
 
-  // 0, or a SamplingError. A value may be NaN.
-  int64_t carry_out() {
+  // 0, or a SamplingError. What remains to be done are values of edited tokens, which may be NaN: edit_some() does a few
+  // of them, edit_rest() all.
+  int64_t prepare() {
     const Seen seen = e_.seen_ids ? listed() : e_.counts || e_.prompt ? found() : Seen{};
     const int64_t biased = e_.bias_ids ? sort_bias() : 0;
     if (biased < 0) return kBadBiasId;
@@ -80,10 +82,29 @@ class EditedRow {
       edit_both(seen, biased);
     } else {
       prepare_bits(seen.n > 0 ? seen.unseen : nullptr, false);
-      edit_seen(seen);
+      edited_ = {values_, seen.ids, seen.n};
+      remaining_ = seen;
     }
     for (int i = 0; i < kListSpare; ++i) values_[edited_.n + i] = kMinusInfinity;
     return 0;
+  }
+
+  inline __attribute__((always_inline)) void edit_some() {
+    if (done_ + Vec::kLanes > remaining_.n) return;
+    const int32_t *ids = remaining_.ids + done_, *counts = remaining_.counts + done_;
+    lanes_.penalise(gathered<Vec>(x_, ids), counts, values_ + done_);
+    done_ += Vec::kLanes;
+  }
+
+  void edit_rest() {
+    while (done_ + Vec::kLanes <= remaining_.n) edit_some();
+    for (; done_ < remaining_.n; ++done_) {
+      const float logit = to_single<Vec>(x_ + remaining_.ids[done_]);
+      values_[done_] = static_cast<float>(penalties_.penalised(logit, remaining_.counts[done_]));
+    }
+    if (e_.allowed || e_.allowed_bits)
+      for (int64_t i = 0; i < remaining_.n; ++i)
+        if (!is_allowed(remaining_.ids[i])) values_[i] = kMinusInfinity;
   }
 
   const float* copy() const { return e_.bias ? copy_ : nullptr; }  // the whole row, instead of the one given
@@ -255,23 +276,6 @@ class EditedRow {
     }
   };
 
-  void edit_seen(const Seen& seen) {
-    constexpr int kLanes = Vec::kLanes;
-    const PenaltyLanes lanes(penalties_);
-    int64_t i = 0;
-    for (; i + kLanes <= seen.n; i += kLanes) lanes.penalise(gathered<Vec>(x_, seen.ids + i), seen.counts + i, values_ + i);
-    if (i < seen.n) {
-      int32_t ids[kLanes] = {}, counts[kLanes] = {};
-      memcpy(ids, seen.ids + i, static_cast<size_t>(seen.n - i) * sizeof *ids);
-      memcpy(counts, seen.counts + i, static_cast<size_t>(seen.n - i) * sizeof *counts);
-      lanes.penalise(gathered<Vec>(x_, ids), counts, values_ + i);
-    }
-    if (e_.allowed || e_.allowed_bits)
-      for (i = 0; i < seen.n; ++i)
-        if (!is_allowed(seen.ids[i])) values_[i] = kMinusInfinity;
-    edited_ = {values_, seen.ids, seen.n};
-  }
-
   // Both lists are by ascending id; one id may have several biases.
   void edit_both(const Seen& seen, int64_t biased) {
     int64_t n = 0, s = 0, b = 0;
@@ -308,6 +312,7 @@ class EditedRow {
   const T* x_;
   int64_t vocab_, index_;
   Penalties penalties_;
+  PenaltyLanes lanes_;
   float* values_;
   int32_t *ids_, *seen_ids_, *seen_counts_;
   uint32_t* bias_ids_;
@@ -315,6 +320,8 @@ class EditedRow {
   uint8_t* bits_;
   const uint8_t* counting_ = nullptr;
   EditedTokens edited_;
+  Seen remaining_;  // of which done_ are edited
+  int64_t done_ = 0;
 };
 
 }  // namespace

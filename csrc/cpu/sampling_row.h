@@ -151,10 +151,29 @@ class Row {
     return counts ? to_single<Vec>(data_ + id) : kMinusInfinity;
   }
 
-  // Fills the summary; false if the row has a NaN, even one that a bit leaves out, or an edited token is one.
+  // Fills the summary; false if the row has a NaN, even one that a bit leaves out. beside() is called once a chunk: work
+  // that fills the time which reading takes.
+  template <class Beside>
+  bool summarize(Beside&& beside) {
+    return bits_ ? summarize_chunks<true>(beside) : summarize_chunks<false>(beside);
+  }
+
   bool summarize() {
-    const auto good = bits_ ? summarize<true>() : summarize<false>();
-    return lane_count(good & summarize_edited()) == Vec::kLanes;
+    return summarize([] {});
+  }
+
+  // The same of the edited tokens.
+  bool summarize_edited() {
+    Vec top = Vec::set1(kMinusInfinity);
+    auto good = top <= top;
+    for (int64_t i = 0; i < edited_.n; i += EditedTokens::kVecs * Vec::kLanes) {
+      Vec x[EditedTokens::kVecs];
+      load_edited(i, x);
+      good = both_ordered(both_ordered(good, x[0], x[1]), x[2], x[3]);
+      top = max(top, max(max(x[0], x[1]), max(x[2], x[3])));
+    }
+    top_of_edited_ = reduce_max(top);
+    return lane_count(good) == Vec::kLanes;
   }
 
   float maximum() const {
@@ -327,9 +346,8 @@ class Row {
     return all;
   }
 
-  // The lanes that never had a NaN.
-  template <bool kHasBits>
-  typename Vec::Mask summarize() {
+  template <bool kHasBits, class Beside>
+  bool summarize_chunks(Beside&& beside) {
     const Vec none = Vec::set1(kMinusInfinity);
     auto good = none <= none, good_too = good;  // two: they are chains of comparisons
     for (int64_t first = 0; first < chunks(); first += kChunkVecs) {
@@ -352,29 +370,16 @@ class Row {
         top = top + Vec::zero();  // -0 becomes +0
         top.store(maxima_ + c * Vec::kLanes);
         top_of_all = max(top_of_all, top);
+        beside();
       }
       top_of_all.store(tops_ + first / kChunkVecs * Vec::kLanes);
     }
     for (float* p = maxima_ + maxima_of(size_); p < tops_; p += Vec::kLanes) none.store(p);
-    return good & good_too;
+    return lane_count(good & good_too) == Vec::kLanes;
   }
 
   void load_edited(int64_t i, Vec (&x)[EditedTokens::kVecs]) const {
     for (int v = 0; v < EditedTokens::kVecs; ++v) x[v] = Vec::load(edited_.values + i + v * Vec::kLanes);
-  }
-
-  // The lanes that never had a NaN.
-  typename Vec::Mask summarize_edited() {
-    Vec top = Vec::set1(kMinusInfinity);
-    auto good = top <= top;
-    for (int64_t i = 0; i < edited_.n; i += EditedTokens::kVecs * Vec::kLanes) {
-      Vec x[EditedTokens::kVecs];
-      load_edited(i, x);
-      good = both_ordered(both_ordered(good, x[0], x[1]), x[2], x[3]);
-      top = max(top, max(max(x[0], x[1]), max(x[2], x[3])));
-    }
-    top_of_edited_ = reduce_max(top);
-    return good;
   }
 
   const T* data_;
