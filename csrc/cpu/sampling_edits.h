@@ -68,8 +68,8 @@ class EditedRow {
     bits_ = reinterpret_cast<uint8_t*>(copy_ + (e.bias ? vocab : 0));
   }
 
-  // 0, or a SamplingError. What remains to be done are values of edited tokens, which may be NaN: edit_some() does a few
-  // of them, edit_rest() all.
+  // 0, or a SamplingError. What remains to be done are values of edited tokens, which may be NaN: edit_some() does a
+  // few of them, edit_rest() all.
   int64_t prepare() {
     const Seen seen = e_.seen_ids ? listed() : e_.counts || e_.prompt ? found() : Seen{};
     const int64_t biased = e_.bias_ids ? sort_bias() : 0;
@@ -92,7 +92,7 @@ class EditedRow {
   inline __attribute__((always_inline)) void edit_some() {
     if (done_ + Vec::kLanes > remaining_.n) return;
     const int32_t *ids = remaining_.ids + done_, *counts = remaining_.counts + done_;
-    lanes_.penalise(gathered<Vec>(x_, ids), counts, values_ + done_);
+    lanes_.penalise(Vec::gather(x_, ids), counts, values_ + done_);
     done_ += Vec::kLanes;
   }
 

@@ -53,8 +53,8 @@ struct Candidates {
   }
 };
 
-// Tokens whose logits were edited one by one, by ascending id; the row itself leaves them out. Behind the values are -inf,
-// up to a multiple of kVecs vectors.
+// Tokens whose logits were edited one by one, by ascending id; the row itself leaves them out. Behind the values are
+// -inf, up to a multiple of kVecs vectors.
 struct EditedTokens {
   static constexpr int kVecs = 4;
   const float* values = nullptr;
@@ -67,21 +67,14 @@ inline float to_single(const float* x) {
   return *x;
 }
 
-template <class Vec, class T>
-inline float to_single(const T* x) {
-  return first(Vec::load_n(x, 1));
+template <class Vec>
+inline float to_single(const bf16_t* x) {
+  return bits_as<float>(uint32_t{x->bits} << 16);
 }
 
 template <class Vec>
-inline Vec gathered(const float* x, const int32_t* i) {  // x[i[lane]]
-  return Vec::gather(x, i);
-}
-
-template <class Vec, class T>
-inline Vec gathered(const T* x, const int32_t* i) {
-  T lanes[Vec::kLanes];
-  for (int lane = 0; lane < Vec::kLanes; ++lane) lanes[lane] = x[i[lane]];
-  return Vec::load(lanes);
+inline float to_single(const f16_t* x) {
+  return Vec::single(x);
 }
 
 inline void store_minus_infinity(float* p) { *p = kMinusInfinity; }
@@ -98,7 +91,7 @@ class Row {
   static constexpr int kChunkVecs = 16;
   static constexpr int kChunk = kChunkVecs * Vec::kLanes;
   static constexpr int kWord = 64, kWords = kChunk / kWord;  // tokens whose comparisons share a word, those of a chunk
-  static constexpr int kPadding = 8 * Vec::kLanes;  // maxima that the race reads at once
+  static constexpr int kPadding = 8 * Vec::kLanes;           // maxima that the race reads at once
 
   static int64_t chunks_of(int64_t size) { return (size + kChunk - 1) / kChunk; }
   static int64_t maxima_of(int64_t size) { return chunks_of(size) * Vec::kLanes; }
@@ -151,8 +144,8 @@ class Row {
     return counts ? to_single<Vec>(data_ + id) : kMinusInfinity;
   }
 
-  // Fills the summary; false if the row has a NaN, even one that a bit leaves out. beside() is called once a chunk: work
-  // that fills the time which reading takes.
+  // Fills the summary; false if the row has a NaN, even one that a bit leaves out. beside() is called once a chunk:
+  // work that fills the time which reading takes.
   template <class Beside>
   bool summarize(Beside&& beside) {
     return bits_ ? summarize_chunks<true>(beside) : summarize_chunks<false>(beside);
@@ -233,8 +226,8 @@ class Row {
     out->merge(n, reinterpret_cast<int32_t*>(out->work + out->n));
   }
 
-  // The same in no order, from a list of maxima, as row_of_maxima() numbers them, among which are all that are >= bound.
-  // False if the tokens are more than `most`: then what `c` holds means nothing.
+  // The same in no order, from a list of maxima, as row_of_maxima() numbers them, among which are all that are >=
+  // bound. False if the tokens are more than `most`: then what `c` holds means nothing.
   bool gather_from_maxima(float bound, int64_t most, Candidates* c) const {
     const Vec least = Vec::set1(bound);
     auto* reached = reinterpret_cast<int32_t*>(c->work);
@@ -250,7 +243,7 @@ class Row {
       const T* x = chunk(c_of_lane) + lane;
 #pragma GCC unroll 4
       for (int place = lane; place < kChunk; place += Vec::kLanes * Vec::kLanes, x += Vec::kLanes * Vec::kLanes)
-        for (uint32_t hits = lane_bits(least <= gathered<Vec>(x, members)); hits; hits &= hits - 1) {
+        for (uint32_t hits = lane_bits(least <= Vec::gather(x, members)); hits; hits &= hits - 1) {
           const int32_t id = c_of_lane * kChunk + place + __builtin_ctz(hits) * Vec::kLanes;
           c->values[n] = at(id) + 0.0f;  // -0 becomes +0: equal logits have equal bits
           c->ids[n] = id;
@@ -322,8 +315,8 @@ class Row {
     out->n = n;
   }
 
-  // The tokens of a word of hits: some at a time, that many or not, since how many cannot be foreseen; or where there are
-  // many, a vector at a time.
+  // The tokens of a word of hits: some at a time, that many or not, since how many cannot be foreseen; or where there
+  // are many, a vector at a time.
   int64_t take(uint64_t hits, int32_t place, Vec least, float* values, int32_t* ids) const {
     int64_t n = 0;
     if (__builtin_popcountll(hits) > kWord / 4) {

@@ -117,8 +117,7 @@ void sort_small(Candidates* c) {
     Vec larger[2] = {Vec::zero(), Vec::zero()};
     for (int i = 0; i < n; i += 2)
 #pragma GCC unroll 2
-      for (int h = 0; h < 2; ++h)
-        larger[h] = select(x < Vec::set1(values[i + h]), larger[h] + one, larger[h]);
+      for (int h = 0; h < 2; ++h) larger[h] = select(x < Vec::set1(values[i + h]), larger[h] + one, larger[h]);
     const Vec all = larger[0] + larger[1];
     all.store(ahead + j);
     sum = sum + select(Vec::set1(kMinusInfinity) < x, all, Vec::zero());

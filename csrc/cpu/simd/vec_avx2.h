@@ -48,6 +48,9 @@ struct VecAvx2 {
   static VecAvx2 gather(const float* p, const int32_t* i) {  // p[i[lane]]
     return {_mm256_setr_ps(p[i[0]], p[i[1]], p[i[2]], p[i[3]], p[i[4]], p[i[5]], p[i[6]], p[i[7]])};
   }
+  static VecAvx2 gather(const bf16_t* p, const int32_t* i) { return widen_bf16(gather_halves(p, i)); }
+  static VecAvx2 gather(const f16_t* p, const int32_t* i) { return {_mm256_cvtph_ps(gather_halves(p, i))}; }
+  static float single(const f16_t* p) { return _cvtsh_ss(p->bits); }
   // The even and the odd halves of 2 * kLanes bf16, held as pairs in 32-bit words.
   static VecAvx2 even_bf16(VecAvx2 words) {
     return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(words.r), 16))};
@@ -164,6 +167,11 @@ struct VecAvx2 {
  private:
   static __m256i first_n(int n) {
     return _mm256_cmpgt_epi32(_mm256_set1_epi32(n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+  }
+  template <class Half>
+  static __m128i gather_halves(const Half* p, const int32_t* i) {
+    const auto at = [&](int lane) { return static_cast<int16_t>(p[i[lane]].bits); };
+    return _mm_setr_epi16(at(0), at(1), at(2), at(3), at(4), at(5), at(6), at(7));
   }
   static VecAvx2 widen_bf16(__m128i x) {
     return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(x), 16))};

@@ -44,6 +44,9 @@ struct VecAvx512 {
     const __m256 high = _mm256_insertf128_ps(_mm256_castps128_ps256(gather4(p, i + 8)), gather4(p, i + 12), 1);
     return {_mm512_insertf32x8(_mm512_castps256_ps512(low), high, 1)};
   }
+  static VecAvx512 gather(const bf16_t* p, const int32_t* i) { return widen_bf16(gather_halves(p, i)); }
+  static VecAvx512 gather(const f16_t* p, const int32_t* i) { return {_mm512_cvtph_ps(gather_halves(p, i))}; }
+  static float single(const f16_t* p) { return _cvtsh_ss(p->bits); }
   // The even and the odd halves of 2 * kLanes bf16, held as pairs in 32-bit words.
   static VecAvx512 even_bf16(VecAvx512 words) {
     return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_castps_si512(words.r), 16))};
@@ -150,6 +153,15 @@ struct VecAvx512 {
 
  private:
   static __m128 gather4(const float* p, const int32_t* i) { return _mm_setr_ps(p[i[0]], p[i[1]], p[i[2]], p[i[3]]); }
+  template <class Half>
+  static __m256i gather_halves(const Half* p, const int32_t* i) {
+    return _mm256_inserti128_si256(_mm256_castsi128_si256(gather8(p, i)), gather8(p, i + 8), 1);
+  }
+  template <class Half>
+  static __m128i gather8(const Half* p, const int32_t* i) {
+    const auto at = [&](int lane) { return static_cast<int16_t>(p[i[lane]].bits); };
+    return _mm_setr_epi16(at(0), at(1), at(2), at(3), at(4), at(5), at(6), at(7));
+  }
   static __mmask16 first_n(int n) { return static_cast<__mmask16>((1u << n) - 1u); }
   static __m512 unpacklo_pairs(__m512 a, __m512 b) {
     return _mm512_castpd_ps(_mm512_unpacklo_pd(_mm512_castps_pd(a), _mm512_castps_pd(b)));

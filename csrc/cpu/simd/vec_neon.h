@@ -54,6 +54,12 @@ struct VecNeon {
     const float v[4] = {p[i[0]], p[i[1]], p[i[2]], p[i[3]]};
     return load(v);
   }
+  template <class Half>
+  static VecNeon gather(const Half* p, const int32_t* i) {
+    const Half v[4] = {p[i[0]], p[i[1]], p[i[2]], p[i[3]]};
+    return load(v);
+  }
+  static float single(const f16_t* p) { return first(load_n(p, 1)); }
   // The even and the odd halves of 2 * kLanes bf16, held as pairs in 32-bit words.
   static VecNeon even_bf16(VecNeon words) {
     return {vreinterpretq_f32_u32(vshlq_n_u32(vreinterpretq_u32_f32(words.r), 16))};

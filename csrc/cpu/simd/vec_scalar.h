@@ -109,9 +109,11 @@ struct VecScalar {
     for (int i = 0; i < n; ++i) v.r[i] = to_float(p[i]);
     return v;
   }
-  static VecScalar gather(const float* p, const int32_t* i) {  // p[i[lane]]
-    return {Reg{p[i[0]], p[i[1]], p[i[2]], p[i[3]]}};
+  template <class T>
+  static VecScalar gather(const T* p, const int32_t* i) {  // p[i[lane]]
+    return {Reg{to_float(p[i[0]]), to_float(p[i[1]]), to_float(p[i[2]]), to_float(p[i[3]])}};
   }
+  static float single(const f16_t* p) { return to_float(*p); }
   // The even and the odd halves of 2 * kLanes bf16, held as pairs in 32-bit words.
   static VecScalar even_bf16(VecScalar words) { return {reinterpret_cast<Reg>(reinterpret_cast<Int>(words.r) << 16)}; }
   static VecScalar odd_bf16(VecScalar words) {
