@@ -241,7 +241,10 @@ def batch_row(work: str, vocab: int, options: Options) -> Row:
         for prefix, key in (("", "speedup"), ("read, ", "read_speedup"))
         for name, which in ((key, "min"), (f"{key}_median", "median"))
     }
-    return record("batch", work, vocab, times, batch=BATCH, **more, required={"speedup": THREAD_SPEEDUP})
+    return record(
+        "batch", work, vocab, times, batch=BATCH, **more, free_cores=more["read_speedup"] / 2,
+        required={"speedup": THREAD_SPEEDUP},
+    )  # fmt: skip
 
 
 def fixed_calls() -> dict[str, dict[str, Any]]:
