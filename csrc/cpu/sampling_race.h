@@ -96,9 +96,10 @@ class Race {
  private:
   static constexpr int kField = 4 * Vec::kLanes;  // tokens that run together
   static constexpr int kTogether = 16;            // groups whose tokens do
+  static constexpr int kGroupVecs = 2;            // vectors of groups whose noise is made together
 
   static int64_t padded_groups_of(int64_t vocab) {
-    constexpr int kStep = 2 * Vec::kLanes;
+    constexpr int kStep = kGroupVecs * Vec::kLanes;
     const int64_t groups = (vocab + kNoiseBlock - 1) / kNoiseBlock * kNoiseGroups;
     return (groups + kStep - 1) / kStep * kStep;
   }
@@ -153,7 +154,7 @@ class Race {
   // blocks, kLanes groups at a time.
   template <class T>
   Leaders bound_groups(const Row<Vec, T>& row, int64_t n, float* bounds, float* noise, uint32_t* words) const {
-    constexpr int kLanes = Vec::kLanes, kMaximaOfGroup = 4, kVecs = 2;
+    constexpr int kLanes = Vec::kLanes, kMaximaOfGroup = 4, kVecs = kGroupVecs;
     static_assert(row.kChunk * kMaximaOfGroup == kNoiseGroup * kLanes, "a group's maxima are every fourth of 16");
     static_assert(row.kPadding == kVecs * kMaximaOfGroup * kLanes, "maxima are there for all groups");
     U64 even = {};

@@ -90,7 +90,7 @@ float gather_largest(const Row<Vec, T>& row, float max, int64_t k, Candidates* c
       for (int i = 0; i < Vec::kLanes; ++i) c->values[c->n + i] = kMinusInfinity;
       const int64_t whole = (c->n + Vec::kLanes - 1) / Vec::kLanes * Vec::kLanes;
       bound = tighten<Vec>(c->values, whole, k, bound, c->n, max);
-      if (row.gather_from_maxima(bound, kSmallList, c)) return bound;
+      if (k <= kSmallList && row.gather_from_maxima(bound, kSmallList, c)) return bound;
     } else {
       bound = loose_bound<Vec>(row.maxima(), maxima, k, max);
     }
